@@ -1,0 +1,36 @@
+"""The catalogue: importing this package loads every operation into `OPERATIONS`. It imports no torch."""
+
+from mistudio_engine.api.operations import (
+    datasets,
+    exports,
+    extractions,
+    features,
+    jobs,
+    labels,
+    models,
+    saes,
+    steering,
+    system,
+    training,
+)
+from mistudio_engine.api.operations.base import OPERATIONS, JobOperation, Operation, Route
+from mistudio_engine.api.operations.datasets import *  # noqa: F403
+from mistudio_engine.api.operations.exports import *  # noqa: F403
+from mistudio_engine.api.operations.extractions import *  # noqa: F403
+from mistudio_engine.api.operations.features import *  # noqa: F403
+from mistudio_engine.api.operations.jobs import *  # noqa: F403
+from mistudio_engine.api.operations.labels import *  # noqa: F403
+from mistudio_engine.api.operations.models import *  # noqa: F403
+from mistudio_engine.api.operations.saes import *  # noqa: F403
+from mistudio_engine.api.operations.steering import *  # noqa: F403
+from mistudio_engine.api.operations.system import *  # noqa: F403
+from mistudio_engine.api.operations.training import *  # noqa: F403
+
+__all__ = sorted(
+    {"OPERATIONS", "JobOperation", "Operation", "Route"}
+    | {
+        name
+        for module in (datasets, exports, extractions, features, jobs, labels, models, saes, steering, system, training)
+        for name in module.__all__
+    }
+)

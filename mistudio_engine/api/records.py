@@ -1,0 +1,420 @@
+"""What the engine keeps and answers: one class a kind of thing, as it travels over every door.
+
+A record is plain data. It knows neither the table it lies in nor the files beside it; folders are relative to the data
+directory, and a `ref` such as `sae/stories-l2` is what people and agents pass on.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Generic, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, computed_field
+
+from mistudio_engine.api.errors import ErrorBody
+
+__all__ = [
+    "KINDS",
+    "RECORDS",
+    "TERMINAL_STATES",
+    "DatasetRecord",
+    "Evaluation",
+    "ExperimentRecord",
+    "ExportRecord",
+    "ExtractionRecord",
+    "Job",
+    "JobState",
+    "LabelRecord",
+    "ModelRecord",
+    "Page",
+    "Plan",
+    "Record",
+    "SAERecord",
+    "TokensRecord",
+    "TrainingRecord",
+]
+
+R = TypeVar("R")
+
+
+class Data(BaseModel):
+    """Base of everything that travels: field docstrings become the schema's descriptions."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True, extra="ignore", protected_namespaces=(), defer_build=True)
+
+
+class Record(Data):
+    """Something with a slug that is unique in its kind."""
+
+    kind: ClassVar[str]
+
+    slug: str
+    """Name, unique in its kind; no `/` and no `#`."""
+
+    created_at: float = 0.0
+    """Seconds since 1970."""
+
+    @computed_field
+    @property
+    def ref(self) -> str:
+        """`kind/slug`, which names it everywhere."""
+        return f"{self.kind}/{self.slug}"
+
+
+class Page(Data, Generic[R]):
+    """Some rows of many."""
+
+    rows: list[R]
+    total: int
+    """How many there are in all."""
+
+    shown: int
+    next_cursor: str | None = None
+    """Pass it as `cursor` for the rows that follow; None at the end."""
+
+
+class Plan(Data):
+    """What a long operation would cost, said before it starts."""
+
+    summary: str
+    """The plan in one sentence."""
+
+    seconds: float | None = None
+    """Estimated run time; None while nothing like it has been measured here."""
+
+    memory_bytes: int = 0
+    disk_bytes: int = 0
+    details: dict[str, Any] = {}
+    """The numbers behind it: steps, batches, checkpoints."""
+
+
+class ModelRecord(Record):
+    """A causal language model that the engine has on disk."""
+
+    kind: ClassVar[str] = "model"
+
+    source: str
+    """Hub id or folder it was brought in from."""
+
+    revision: str | None = None
+    precision: str = "fp32"
+    family: str = ""
+    n_layers: int = 0
+    d_model: int = 0
+    d_vocab: int = 0
+    n_ctx: int = 0
+    n_params: int = 0
+    n_bytes: int = 0
+    """Memory of the weights in this precision."""
+
+    folder: str = ""
+    """Where its files lie; absolute when a local folder is used in place."""
+
+    sha256: str = ""
+    """Hash of the weight files."""
+
+
+class TokensRecord(Record):
+    """One tokenisation of a dataset for one model's tokenizer."""
+
+    kind: ClassVar[str] = "tokens"
+
+    dataset: str
+    model: str
+    context_size: int
+    bos_policy: str
+    """Where BOS stands: context, document, both, none."""
+
+    n_tokens: int = 0
+    n_contexts: int = 0
+    n_documents: int = 0
+    folder: str = ""
+    sha256: str = ""
+
+
+class DatasetRecord(Record):
+    """Text that the engine knows."""
+
+    kind: ClassVar[str] = "dataset"
+
+    source: str
+    """Hub id or path it was brought in from."""
+
+    split: str | None = None
+    config: str | None = None
+    revision: str | None = None
+    text_field: str | None = None
+    n_documents: int = 0
+    n_bytes: int = 0
+    folder: str = ""
+    sha256: str = ""
+    tokens: list[str] = []
+    """Slugs of its tokenisations."""
+
+
+class Evaluation(Data):
+    """How well an SAE stands for the activations it was trained on, on given tokens."""
+
+    n_tokens: int
+    tokens: str = ""
+    """Slug of the tokenisation that was used."""
+
+    l0: float
+    """Mean number of active features per token."""
+
+    fvu: float
+    """Fraction of variance unexplained: 0 is perfect, 1 is no better than the mean."""
+
+    explained_variance: float
+    """1 − E‖x − x̂‖² / Var(x)."""
+
+    explained_variance_legacy: float | None = None
+    """Mean over tokens of 1 − sse / ‖x − batch mean‖², as older papers report it."""
+
+    mse: float
+    cosine: float
+    l2_ratio: float
+    ce_loss_clean: float
+    ce_loss_sae: float
+    ce_loss_zero: float
+    ce_loss_score: float
+    """(CE_zero − CE_sae) / (CE_zero − CE_clean): 1 is perfect, 0 is as bad as zeroing the hook."""
+
+    kl_div_score: float | None = None
+    """(KL_zero − KL_sae) / KL_zero."""
+
+    dead_fraction: float
+    """Share of features that never fired on these tokens."""
+
+    dense_fraction: float = 0.0
+    """Share of features that fired on more than a tenth of them."""
+
+
+class SAERecord(Record):
+    """A sparse autoencoder on disk."""
+
+    kind: ClassVar[str] = "sae"
+
+    source: Literal["trained", "huggingface", "gemma_scope", "upload"] = "trained"
+    origin: str = ""
+    """Hub id or folder it came from; empty when trained here."""
+
+    model: str | None = None
+    """Slug of the model, or the name in its config when that model is not here."""
+
+    hook_name: str = ""
+    layer: int | None = None
+    architecture: str = ""
+    d_in: int = 0
+    d_sae: int = 0
+    format: str = "saelens"
+    training: str | None = None
+    """Slug of the training that made it; None after unlinking."""
+
+    tokens: str | None = None
+    """Slug of the tokenisation it was trained on."""
+
+    extraction: str | None = None
+    """Slug of its current extraction."""
+
+    evaluation: Evaluation | None = None
+    n_labelled: int = 0
+    folder: str = ""
+    sha256: str = ""
+    config: dict[str, Any] = {}
+
+
+class TrainingRecord(Record):
+    """A training: it has jobs and makes SAEs, and is neither."""
+
+    kind: ClassVar[str] = "training"
+
+    model: str
+    tokens: str
+    hook_name: str
+    architecture: str
+    status: str = "pending"
+    """The documents' word for its job's state: pending, running, paused, completed, failed, cancelled."""
+
+    progress: float = 0.0
+    """0 to 100."""
+
+    jobs: list[str] = []
+    saes: list[str] = []
+    config: dict[str, Any] = {}
+    """The SAE's configuration."""
+
+    hyperparameters: dict[str, Any] = {}
+    metrics: dict[str, float] = {}
+    """The latest of each."""
+
+    provenance: dict[str, Any] = {}
+    """Versions, hashes and seed."""
+
+
+class ExtractionRecord(Record):
+    """One pass over tokens for all features of an SAE."""
+
+    kind: ClassVar[str] = "extraction"
+
+    sae: str
+    model: str
+    tokens: str
+    hook_name: str
+    n_tokens: int = 0
+    n_features: int = 0
+    n_alive: int = 0
+    n_dense: int = 0
+    """Features that fire on more than a tenth of the tokens."""
+
+    settings: dict[str, Any] = {}
+    folder: str = ""
+    sha256: str = ""
+
+
+class LabelRecord(Data):
+    """One version of a feature's label; the newest counts."""
+
+    sae: str
+    index: int
+    version: int = 1
+    label: str
+    category: str = ""
+    """A path such as `Emotion > Positive > Love`."""
+
+    author: str
+    """`person`, `agent:<name>` or `job:<slug>`."""
+
+    method: str = ""
+    """How a job found it: token_pattern, …"""
+
+    confidence: float | None = None
+    """Balanced accuracy on held-out examples, 0.5 is chance."""
+
+    evidence: str = ""
+    created_at: float = 0.0
+
+
+class ExperimentRecord(Record):
+    """A steering run that was kept."""
+
+    kind: ClassVar[str] = "experiment"
+
+    model: str
+    operation: dict[str, Any] = {}
+    result: dict[str, Any] = {}
+
+
+class ExportRecord(Record):
+    """A file made for others."""
+
+    kind: ClassVar[str] = "export"
+
+    sae: str
+    format: str = "zip"
+    status: str = "pending"
+    """The documents' words: pending, computing, packaging, completed, failed, cancelled."""
+
+    progress: float = 0.0
+    """0 to 100."""
+
+    current_stage: str = ""
+    feature_count: int = 0
+    output_path: str | None = None
+    file_size_bytes: int | None = None
+    sha256: str | None = None
+    error_message: str | None = None
+    job: str | None = None
+    config: dict[str, Any] = {}
+    completed_at: float | None = None
+
+
+class JobState:
+    """The states of a job."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    PAUSING = "pausing"
+    PAUSED = "paused"
+    INTERRUPTED = "interrupted"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+TERMINAL_STATES = frozenset({JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED})
+
+
+class Job(Record):
+    """A long operation: what was asked, how far it is, what came of it."""
+
+    kind: ClassVar[str] = "job"
+
+    operation: str
+    """Name of the operation, such as `train_sae`."""
+
+    arguments: dict[str, Any] = {}
+    """Its fields: a retry is the same call again."""
+
+    state: Literal["queued", "running", "pausing", "paused", "interrupted", "completed", "failed", "cancelled"] = (
+        "queued"
+    )
+    lane: str = "compute"
+    """Which worker runs it: compute or io."""
+
+    priority: int = 0
+    """Higher first; then first in, first out."""
+
+    subject: str | None = None
+    """Ref of what it works on or makes."""
+
+    author: str = "person"
+    idempotency_key: str | None = None
+    attempt: int = 1
+    progress: float | None = None
+    """Share done, 0 to 1."""
+
+    stage: str = ""
+    rate: float | None = None
+    unit: str = ""
+    eta_seconds: float | None = None
+    metrics: dict[str, float] = {}
+    """The latest of each."""
+
+    resumes: Literal["checkpoint", "start", "never"] = "start"
+    """What a restart of the engine does with it: goes on from its last checkpoint, begins again, or leaves it."""
+
+    checkpoint: str | None = None
+    """Where its last good state lies."""
+
+    plan: Plan | None = None
+    result: dict[str, Any] | None = None
+    error: ErrorBody | None = None
+    started_at: float | None = None
+    finished_at: float | None = None
+
+    @property
+    def finished(self) -> bool:
+        """True once nothing more will happen to it."""
+        return self.state in TERMINAL_STATES
+
+    message: str = Field(default="")
+    """What a person should know: why it was interrupted, what a retry would do."""
+
+
+RECORDS: dict[str, type[Record]] = {
+    cls.kind: cls
+    for cls in (
+        ModelRecord,
+        DatasetRecord,
+        TokensRecord,
+        TrainingRecord,
+        SAERecord,
+        ExtractionRecord,
+        ExperimentRecord,
+        ExportRecord,
+        Job,
+    )
+}
+"""Every kind that has slugs, by its name."""
+
+KINDS = tuple(RECORDS)

@@ -1,0 +1,41 @@
+"""The joint between the machine and the science: one file for each file of operations.
+
+Importing this package loads only what needs no torch (the engine itself and its jobs), so that the engine answers
+`status` while it is still starting; `load()` imports the rest, on the compute thread.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+from mistudio_engine.handlers import jobs, system  # noqa: F401  they register themselves
+from mistudio_engine.handlers.registry import HANDLERS, PLANS, RUNS
+from mistudio_engine.runtime.engine import Engine, Registry
+
+__all__ = ["REGISTRY", "load"]
+
+SCIENCE = (
+    "resources",
+    "search_index",
+    "datasets",
+    "models",
+    "training",
+    "saes",
+    "extractions",
+    "labels",
+    "features",
+    "steering",
+    "exports",
+)
+
+
+def load(engine: Engine) -> None:
+    """Import the handlers that need torch, and open what they work with; on the compute thread."""
+    modules = {name: importlib.import_module(f"mistudio_engine.handlers.{name}") for name in SCIENCE}
+    engine.device = modules["resources"].best_device()
+    modules["search_index"].open_index(engine)
+    modules["training"].follow_trainings(engine)
+    modules["exports"].follow_exports(engine)
+
+
+REGISTRY = Registry(HANDLERS, PLANS, RUNS, load)

@@ -1,0 +1,354 @@
+"""Handlers of api/operations/datasets.py: text comes in, is tokenised and looked at."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Generator, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from mistudio_engine.api.errors import BadInput, Conflict, NotFound
+from mistudio_engine.api.events import Progress, Signal
+from mistudio_engine.api.operations.datasets import (
+    DatasetSamples,
+    DatasetStatistics,
+    Deleted,
+    DeleteDataset,
+    DownloadDataset,
+    GetDataset,
+    ListDatasets,
+    Sample,
+    SamplePage,
+    ShowDataset,
+    TokenizeDataset,
+    TokenStatistics,
+)
+from mistudio_engine.api.records import DatasetRecord, ModelRecord, Page, Plan, TokensRecord, TrainingRecord
+from mistudio_engine.demo.embedded import TRAIN_SEED, corpus
+from mistudio_engine.handlers.models import remove_folder
+from mistudio_engine.handlers.registry import Planned, handles, plans, runs
+from mistudio_engine.handlers.resources import EMBEDDED, open_tokens, read_source
+from mistudio_engine.models import datasets
+from mistudio_engine.models.checkpoint import load_tokenizer
+from mistudio_engine.models.tokens import pack, tokens_key
+from mistudio_engine.runtime.engine import Engine
+from mistudio_engine.runtime.files import slugify
+from mistudio_engine.runtime.jobs import JobContext
+
+EMBEDDED_DOCUMENTS = 8000
+"""Documents of the embedded corpus; about 700,000 tokens."""
+
+SAMPLE_CHARACTERS = 4000
+"""More of one document is cut in a sample, and the answer says so."""
+
+
+@plans(GetDataset)
+def plan_get_dataset(operation: GetDataset, engine: Engine) -> Planned:
+    source = read_source(operation.source, "dataset")
+    slug = operation.name or slugify(Path(operation.source).stem)
+    details: dict[str, Any] = {}
+    if operation.model is not None:
+        _check_context(engine.store.get(ModelRecord, operation.model), operation.context_size)
+    if source.kind == "local":
+        field = datasets.find_text_field(source.path, **_which(operation))
+        details = {"text_field": field, "n_bytes": _size(source.path)}
+    elif source.kind == "hub" and operation.dry_run:
+        details = {"n_bytes": engine.hub.size("dataset", source.hub_id, operation.revision)}
+    disk = details.get("n_bytes", 0) if source.kind == "hub" else 0
+    summary = f"Bring in {operation.source} as dataset/{slug}"
+    summary += f" and tokenise it for model/{operation.model}." if operation.model else "."
+    return Planned(Plan(summary=summary, disk_bytes=disk, details=details), subject=f"dataset/{slug}")
+
+
+def _which(operation: GetDataset) -> dict[str, Any]:
+    return {"text_field": operation.text_field, "split": operation.split, "config": operation.config}
+
+
+def _size(path: Path | None) -> int:
+    if path is None:
+        return 0
+    return (
+        path.stat().st_size
+        if path.is_file()
+        else sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    )
+
+
+def _check_context(model: ModelRecord, context_size: int) -> None:
+    if model.n_ctx and context_size > model.n_ctx:
+        raise BadInput(
+            f"context_size {context_size} is longer than the {model.n_ctx} tokens that {model.ref} can read.",
+            fix=f"Use at most {model.n_ctx}.",
+        )
+
+
+@runs(GetDataset, lane="io")
+def run_get_dataset(
+    operation: GetDataset, engine: Engine, context: JobContext
+) -> Generator[Progress, Signal, DatasetRecord]:
+    assert context.job.subject
+    slug = context.job.subject.partition("/")[2]
+    if engine.store.exists(DatasetRecord, slug):
+        record = _same_dataset(engine.store.get(DatasetRecord, slug), operation)
+    else:
+        record = yield from _bring_in(operation, engine, slug)
+    if operation.model is not None:
+        settings = TokenizeDataset(
+            dataset=slug,
+            model=operation.model,
+            context_size=operation.context_size,
+            bos_policy=operation.bos_policy,
+            n_tokens=operation.n_tokens,
+        )
+        yield from tokenize(settings, engine)
+        record = engine.store.get(DatasetRecord, slug)
+    return record
+
+
+def _same_dataset(record: DatasetRecord, operation: GetDataset) -> DatasetRecord:
+    if record.source != operation.source or (operation.text_field and record.text_field != operation.text_field):
+        raise Conflict(
+            f"{record.ref} exists already, from {record.source}.",
+            fix="Give the new one another name, or delete the old one.",
+            next_call=("get_dataset", {"source": operation.source, "name": f"{record.slug}-2"}),
+        )
+    return record
+
+
+def _bring_in(operation: GetDataset, engine: Engine, slug: str) -> Generator[Progress, Signal, DatasetRecord]:
+    source = read_source(operation.source, "dataset")
+    record = DatasetRecord(
+        slug=slug,
+        source=operation.source,
+        config=operation.config,
+        split=operation.split if source.kind == "hub" else None,
+        revision=operation.revision,
+    )
+    if source.kind == "embedded":
+        n_bytes = sum(len(document.text.encode()) for document in corpus(EMBEDDED_DOCUMENTS, TRAIN_SEED))
+        changes = {"n_documents": EMBEDDED_DOCUMENTS, "n_bytes": n_bytes, "text_field": "text"}
+        return engine.store.insert(record.model_copy(update=changes))
+    path = source.path
+    if source.hub_id is not None:
+        target = engine.home / "datasets" / slug
+        path = yield from engine.hub.download("dataset", source.hub_id, target, revision=operation.revision)
+        record.folder = str(path.relative_to(engine.home))
+    assert path is not None
+    try:
+        yield Progress(stage="reading documents")
+        record.text_field = datasets.find_text_field(path, **_which(operation))
+        record.n_documents = yield from _count(datasets.read_documents(path, **_which(operation)))
+        record.n_bytes, record.sha256 = _size(path), datasets.content_hash(path)
+    except Exception:
+        if source.kind == "hub":  # what cannot be read is not kept
+            shutil.rmtree(path, ignore_errors=True)
+        raise
+    return engine.store.insert(record)
+
+
+def _count(documents: Iterable[str]) -> Generator[Progress, Signal, int]:
+    n_documents = 0
+    for n_documents, _ in enumerate(documents, start=1):
+        if n_documents % 10_000 == 0:
+            yield Progress(stage=f"reading documents: {n_documents:,}")
+    return n_documents
+
+
+@plans(TokenizeDataset)
+def plan_tokenize(operation: TokenizeDataset, engine: Engine) -> Planned:
+    dataset = engine.store.get(DatasetRecord, operation.dataset)
+    model = engine.store.get(ModelRecord, operation.model)
+    _check_context(model, operation.context_size)
+    n_tokens = operation.n_tokens or dataset.n_bytes // 3
+    plan = Plan(
+        summary=f"Tokenise {dataset.ref} for {model.ref} in contexts of {operation.context_size}.",
+        disk_bytes=4 * n_tokens,
+    )
+    return Planned(plan, subject=dataset.ref)
+
+
+@runs(TokenizeDataset, lane="io")
+def run_tokenize(
+    operation: TokenizeDataset, engine: Engine, context: JobContext
+) -> Generator[Progress, Signal, TokensRecord]:
+    return (yield from tokenize(operation, engine))
+
+
+def tokenize(operation: TokenizeDataset, engine: Engine) -> Generator[Progress, Signal, TokensRecord]:
+    """Pack a dataset for a model, or answer the tokenisation with these settings that is there already."""
+    dataset = engine.store.get(DatasetRecord, operation.dataset)
+    model = engine.store.get(ModelRecord, operation.model)
+    tokenizer = load_tokenizer(engine.home / model.folder)
+    settings = {
+        "context_size": operation.context_size,
+        "bos_policy": operation.bos_policy,
+        "n_tokens": operation.n_tokens,
+        "text_field": dataset.text_field,
+    }
+    key = tokens_key(f"{dataset.source}@{dataset.revision}:{dataset.sha256}", tokenizer, settings)
+    slug = f"{dataset.slug[:60]}-{model.slug[:40]}-{key[:8]}"
+    if engine.store.exists(TokensRecord, slug):
+        return engine.store.get(TokensRecord, slug)
+    folder = engine.home / "datasets" / "tokens" / slug
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # of an engine that died between writing it and its record
+    packing = pack(
+        documents_of(engine, dataset),
+        tokenizer,
+        folder,
+        context_size=operation.context_size,
+        bos_policy=operation.bos_policy,
+        n_tokens=operation.n_tokens,
+        n_ctx=model.n_ctx or None,
+    )
+    info = yield from _packing(packing, dataset)
+    record = TokensRecord(
+        slug=slug,
+        dataset=dataset.slug,
+        model=model.slug,
+        context_size=info.context_size,
+        bos_policy=info.bos_policy,
+        n_tokens=info.n_tokens,
+        n_contexts=info.n_contexts,
+        n_documents=info.n_documents,
+        folder=str(folder.relative_to(engine.home)),
+        sha256=hashlib.sha256((folder / "tokens.safetensors").read_bytes()).hexdigest(),
+    )
+    with engine.store.transaction():
+        engine.store.insert(record)
+        engine.store.update(DatasetRecord, dataset.slug, tokens=[*dataset.tokens, slug])
+    return record
+
+
+def _packing(packing: Any, dataset: DatasetRecord) -> Generator[Progress, Signal, Any]:
+    while True:
+        try:
+            step = next(packing)
+        except StopIteration as done:
+            return done.value
+        fraction = step.fraction
+        if fraction is None and dataset.n_documents:
+            fraction = min(1.0, step.n_documents / dataset.n_documents)
+        yield Progress(stage="tokenising", fraction=fraction, metrics=None)
+
+
+def documents_of(engine: Engine, dataset: DatasetRecord) -> Iterator[str]:
+    """The documents of a dataset, wherever they come from."""
+    if dataset.source == EMBEDDED:
+        return (document.text for document in corpus(dataset.n_documents, TRAIN_SEED))
+    path = _path(engine, dataset)
+    return datasets.read_documents(path, text_field=dataset.text_field, split=dataset.split, config=dataset.config)
+
+
+def _path(engine: Engine, dataset: DatasetRecord) -> Path:
+    path = engine.home / dataset.folder if dataset.folder else Path(dataset.source).expanduser()
+    if not path.exists():
+        raise NotFound(
+            f"The text of {dataset.ref} is no longer at {path}.",
+            fix="Put it back, or delete the dataset and bring it in anew.",
+        )
+    return path
+
+
+@plans(DownloadDataset)
+def plan_download_dataset(operation: DownloadDataset, engine: Engine) -> Planned:
+    record = engine.store.get(DatasetRecord, operation.dataset)
+    if not record.folder:
+        raise BadInput(
+            f"{record.ref} was not downloaded: its source is {record.source}.", fix="There is nothing to fetch again."
+        )
+    return Planned(Plan(summary=f"Fetch {record.source} again."), subject=record.ref)
+
+
+@runs(DownloadDataset, lane="io")
+def run_download_dataset(
+    operation: DownloadDataset, engine: Engine, context: JobContext
+) -> Generator[Progress, Signal, DatasetRecord]:
+    record = engine.store.get(DatasetRecord, operation.dataset)
+    target = engine.home / record.folder
+    fresh = target.with_name(f"{target.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    yield from engine.hub.download("dataset", record.source, fresh, revision=record.revision)
+    shutil.rmtree(target, ignore_errors=True)
+    fresh.rename(target)
+    n_documents = yield from _count(documents_of(engine, record))
+    return engine.store.update(
+        DatasetRecord, record.slug, n_documents=n_documents, n_bytes=_size(target), sha256=datasets.content_hash(target)
+    )
+
+
+@handles(ListDatasets)
+def list_datasets(operation: ListDatasets, engine: Engine) -> Page[DatasetRecord]:
+    return engine.store.page(DatasetRecord, query=operation.query, limit=operation.limit, cursor=operation.cursor)
+
+
+@handles(ShowDataset)
+def show_dataset(operation: ShowDataset, engine: Engine) -> DatasetRecord:
+    return engine.store.get(DatasetRecord, operation.dataset)
+
+
+@handles(DeleteDataset)
+def delete_dataset(operation: DeleteDataset, engine: Engine) -> Deleted:
+    record = engine.store.get(DatasetRecord, operation.dataset)
+    tokens = [engine.store.get(TokensRecord, slug) for slug in record.tokens]
+    users = [
+        each.ref
+        for one in tokens
+        for each in engine.store.all(TrainingRecord, tokens=one.slug)
+        if each.status == "running"
+    ]
+    if users:
+        raise Conflict(f"{record.ref} is being used by {', '.join(users)}.", fix="Stop that first.")
+    with engine.store.transaction():
+        for each in tokens:
+            engine.store.delete(TokensRecord, each.slug)
+        engine.store.delete(DatasetRecord, record.slug)
+    freed = sum(remove_folder(engine, each.folder) for each in tokens) + remove_folder(engine, record.folder)
+    return Deleted(ref=record.ref, freed_bytes=freed, also=[each.ref for each in tokens])
+
+
+@handles(DatasetStatistics)
+def dataset_statistics(operation: DatasetStatistics, engine: Engine) -> TokenStatistics:
+    dataset = engine.store.get(DatasetRecord, operation.dataset)
+    if not dataset.tokens:
+        raise NotFound(
+            f"{dataset.ref} has not been tokenised, so there are no tokens to count.",
+            fix="Tokenise it for a model first.",
+            next_call=("get_dataset", {"source": dataset.source, "name": dataset.slug, "model": "MODEL"}),
+        )
+    if operation.tokens is not None and operation.tokens not in dataset.tokens:
+        raise NotFound.of("tokens", operation.tokens, dataset.tokens)
+    record = engine.store.get(TokensRecord, operation.tokens or dataset.tokens[-1])
+    tokenizer = load_tokenizer(engine.home / engine.store.get(ModelRecord, record.model).folder)
+    return TokenStatistics(
+        tokens=record.slug,
+        n_tokens=record.n_tokens,
+        n_contexts=record.n_contexts,
+        n_documents=record.n_documents,
+        context_size=record.context_size,
+        bos_policy=record.bos_policy,
+        statistics=datasets.statistics(open_tokens(engine, record), tokenizer),
+    )
+
+
+@handles(DatasetSamples)
+def dataset_samples(operation: DatasetSamples, engine: Engine) -> SamplePage:
+    record = engine.store.get(DatasetRecord, operation.dataset)
+    texts: list[str] = []
+    for index, text in enumerate(documents_of(engine, record)):
+        if index >= operation.offset + operation.limit:
+            break
+        if index >= operation.offset:
+            texts.append(text)
+    rows = [
+        Sample(index=operation.offset + n, text=text[:SAMPLE_CHARACTERS], truncated=len(text) > SAMPLE_CHARACTERS)
+        for n, text in enumerate(texts)
+    ]
+    more = operation.offset + len(rows) < record.n_documents
+    return SamplePage(
+        rows=rows,
+        total=record.n_documents,
+        shown=len(rows),
+        next_cursor=str(operation.offset + len(rows)) if more else None,
+    )

@@ -1,0 +1,172 @@
+"""Handlers of api/operations/extractions.py: one pass over the tokens, the logit lens, and the search index."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+from mistudio_engine.api.errors import BadInput, WrongShape
+from mistudio_engine.api.events import Progress, Signal
+from mistudio_engine.api.operations.extractions import Extract, ListExtractions, ShowExtraction
+from mistudio_engine.api.records import ExtractionRecord, Page, Plan, SAERecord
+from mistudio_engine.discovery.extraction import extract, working_bytes
+from mistudio_engine.discovery.extraction_store import ExtractionStore
+from mistudio_engine.discovery.logit_lens import logit_lens
+from mistudio_engine.discovery.logit_store import write_logits
+from mistudio_engine.handlers.knowledge import DATA_FOLDER, LOGITS_FILE, Knowledge
+from mistudio_engine.handlers.registry import Planned, handles, plans, runs
+from mistudio_engine.handlers.resources import (
+    fitting_model,
+    language_model,
+    open_tokens,
+    sparse_autoencoder,
+    tokens_of,
+)
+from mistudio_engine.handlers.search_index import index_features
+from mistudio_engine.models.language_model import LanguageModel, unembedding
+from mistudio_engine.runtime.engine import Engine
+from mistudio_engine.runtime.files import sha256_folder
+from mistudio_engine.runtime.jobs import JobContext
+from mistudio_engine.saes import SAE
+
+LOGITS_KEPT = 100
+"""Tokens kept at each end of a feature's logits: what the export may ask for."""
+
+PASS, LENS = 0.8, 0.9
+"""Where the pass and the lens end on the way from 0 to 1; the index is the rest."""
+
+
+@plans(Extract)
+def plan_extract(operation: Extract, engine: Engine) -> Planned:
+    sae = engine.store.get(SAERecord, operation.sae)
+    model = fitting_model(engine, sae)
+    tokens = tokens_of(engine, operation.dataset, sae)
+    if tokens.model != model.slug:
+        raise BadInput(
+            f"{tokens.ref} was made for model/{tokens.model} and {sae.ref} reads {model.ref}.",
+            fix="Give a dataset that was tokenised for the SAE's own model.",
+        )
+    beyond = [index for index in operation.features or [] if index >= sae.d_sae]
+    if beyond:
+        raise BadInput(
+            f"{sae.ref} has no feature {beyond[0]}.", why=f"Its features are 0 to {sae.d_sae - 1}.", fix="Leave it out."
+        )
+    n_tokens = min(operation.n_tokens or tokens.n_tokens, tokens.n_tokens)
+    slug = engine.store.new_slug(ExtractionRecord, f"{sae.slug}-{n_tokens // 1000}k")
+    plan = Plan(
+        summary=f"Extract {len(operation.features or []) or sae.d_sae:,} features of {sae.ref} from {n_tokens:,} tokens.",
+        memory_bytes=working_bytes(sae.d_sae, n_examples=operation.n_examples),
+        details={"n_tokens": n_tokens, "tokens": tokens.slug},
+    )
+    return Planned(plan, subject=f"extraction/{slug}")
+
+
+@runs(Extract, lane="compute", resumes="start")
+def run_extract(
+    operation: Extract, engine: Engine, context: JobContext
+) -> Generator[Progress, Signal, ExtractionRecord]:
+    assert context.job.subject
+    slug = context.job.subject.partition("/")[2]
+    sae_record = engine.store.get(SAERecord, operation.sae)
+    model = fitting_model(engine, sae_record)
+    tokens = tokens_of(engine, operation.dataset, sae_record)
+    folder = engine.home / "extractions" / slug
+    shutil.rmtree(folder, ignore_errors=True)  # what an attempt that was killed left
+    folder.mkdir(parents=True)
+    try:
+        with language_model(engine, model.slug) as lm, sparse_autoencoder(engine, sae_record.slug) as sae:
+            needed = working_bytes(sae.cfg.d_sae, n_examples=operation.n_examples)
+            with engine.memory.reserve(f"Extracting {sae_record.slug}", needed, device="cpu"):
+                work = extract(
+                    lm,
+                    sae,
+                    open_tokens(engine, tokens),
+                    sae_record.hook_name,
+                    folder / DATA_FOLDER,
+                    n_tokens=operation.n_tokens,
+                    n_examples=operation.n_examples,
+                    features=operation.features,
+                    min_activation=operation.min_activation,
+                    seed=operation.seed,
+                    provenance={"sae": sae_record.sha256, "model": model.sha256, "tokens": tokens.sha256},
+                )
+                extraction = yield from _passed_on(work)
+            yield from _lens(lm, sae, extraction, folder / LOGITS_FILE)
+        info = extraction.info
+        record = ExtractionRecord(
+            slug=slug,
+            sae=sae_record.slug,
+            model=model.slug,
+            tokens=tokens.slug,
+            hook_name=sae_record.hook_name,
+            n_tokens=info.n_tokens,
+            n_features=info.n_features,
+            n_alive=info.n_alive,
+            n_dense=info.n_dense,
+            settings=info.settings,
+            folder=str(folder.relative_to(engine.home)),
+            sha256=sha256_folder(folder),
+        )
+        with engine.store.transaction():
+            engine.store.put(record)
+            engine.store.update(SAERecord, sae_record.slug, extraction=slug)
+    except BaseException:
+        if not engine.store.exists(ExtractionRecord, slug):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    assert engine.index is not None
+    engine.index.delete_sae(sae_record.slug)  # rows of an earlier extraction
+    with Knowledge.of(engine, sae_record.slug) as known:
+        yield from index_features(engine, known, known.alive())
+    return record
+
+
+def _passed_on(work: Any) -> Generator[Progress, Signal, ExtractionStore]:
+    """The pass's steps as a job's progress; STOP reaches it."""
+    signal: Signal | None = None
+    while True:
+        try:
+            step = work.send(signal)
+        except StopIteration as done:
+            return done.value
+        try:
+            signal = yield Progress(
+                stage=step.stage,
+                fraction=PASS * step.fraction,
+                rate=step.tokens_per_second,
+                unit="tokens",
+                eta_seconds=step.eta_seconds,
+            )
+        except GeneratorExit:
+            work.close()
+            raise
+
+
+def _lens(lm: LanguageModel, sae: SAE, extraction: ExtractionStore, path: Path) -> Generator[Progress, Signal, None]:
+    """Write what every extracted feature promotes; nothing where it does not write into the residual stream."""
+    W_U, gain = unembedding(lm)
+    if sae.cfg.output_width != W_U.shape[1]:
+        return
+    rows = sae.W_dec[extraction.indices.copy()]
+    try:
+        work = logit_lens(rows, W_U, gain, k=min(LOGITS_KEPT, W_U.shape[0]))
+        while True:
+            step = next(work)
+            yield Progress(stage="logit lens", fraction=PASS + (LENS - PASS) * step.fraction)
+    except StopIteration as done:
+        write_logits(path, done.value)
+    except WrongShape:
+        return
+
+
+@handles(ListExtractions)
+def list_extractions(operation: ListExtractions, engine: Engine) -> Page[ExtractionRecord]:
+    where = {"sae": operation.sae} if operation.sae else {}
+    return engine.store.page(ExtractionRecord, where=where, limit=operation.limit, cursor=operation.cursor)
+
+
+@handles(ShowExtraction)
+def show_extraction(operation: ShowExtraction, engine: Engine) -> ExtractionRecord:
+    return engine.store.get(ExtractionRecord, operation.extraction.removeprefix("extraction/"))

@@ -1,0 +1,1 @@
+"""Language models and text: loading, hook points, tokens, datasets. No jobs, no HTTP, no SQL."""

@@ -1,0 +1,355 @@
+"""Datasets as streams of documents: from files and folders, with the text column found or chosen, and their statistics.
+
+It opens what is on disk already; the hub is elsewhere, and so is tokenising (tokens.py). A row that cannot be read as
+UTF-8 is repaired and counted, never dropped and never fatal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+import yaml
+from huggingface_hub.repocard import metadata_load
+
+from mistudio_engine.api.errors import BadInput, CorruptFile, EmptyData, NotFound
+from mistudio_engine.models.readers import ArrowReader, Reader, reader_for
+from mistudio_engine.models.vocabulary import token_strings
+
+if TYPE_CHECKING:
+    from mistudio_engine.models.tokens import PackedTokens
+
+__all__ = [
+    "Documents",
+    "Sample",
+    "content_hash",
+    "find_text_field",
+    "n_documents",
+    "read_documents",
+    "sample",
+    "statistics",
+]
+
+TEXT_FIELDS = ("text", "content", "document", "story", "body")
+"""Columns that are taken for the text, in this order, before the one with the longest strings."""
+
+N_SAMPLED = 100
+"""Rows that are looked at to find the text column."""
+
+ROWS_AT_ONCE = 4096
+"""Contexts that `statistics` holds in memory at a time."""
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class Documents(Iterator[str]):
+    """A pass over a dataset's documents.
+
+    Attributes:
+        text_field: the column that they come from.
+        n_documents: how many have been given so far.
+        n_repaired: how many of them held bytes that are no UTF-8, each replaced by U+FFFD.
+        n_empty: rows without text, which were passed over.
+    """
+
+    def __init__(self, readers: list[Reader], text_field: str) -> None:
+        self.text_field = text_field
+        self.n_documents = self.n_repaired = self.n_empty = 0
+        self._values = (row.get(text_field) for reader in readers for row in reader.rows(text_field))
+
+    def __next__(self) -> str:
+        for value in self._values:
+            text, is_repaired = _as_text(value)
+            if not text.strip():
+                self.n_empty += 1
+                continue
+            self.n_documents += 1
+            self.n_repaired += is_repaired
+            return text
+        raise StopIteration
+
+
+class Sample(NamedTuple):
+    """A page of documents."""
+
+    documents: list[str]
+    offset: int
+
+    next_offset: int | None
+    """Where the next page begins; None after the last document."""
+
+    text_field: str
+
+
+def read_documents(
+    source: Path, *, text_field: str | None = None, split: str | None = None, config: str | None = None
+) -> Iterator[str]:
+    """A dataset's documents, one by one, as a `Documents`, which counts what it repairs.
+
+    Args:
+        source: a .txt, .jsonl, .json, .csv, .tsv or .parquet file, a folder that `datasets` saved, or a folder of data
+            files as the hub lays them out. Plain text is cut into documents as `readers.TextReader` says.
+        text_field: the column; found by `find_text_field` unless given.
+        split: "train" unless given; where there is none, the only or first split.
+        config: of a hub folder with several configurations.
+
+    Raises:
+        NotFound: there is no such file or folder.
+        BadInput: the column, split or configuration does not exist; the message has those that do.
+        Unsupported: a format that is not read here.
+        CorruptFile: a file is torn, now or at the document where it is.
+        EmptyData: there is no text in it.
+    """
+    readers = _readers(Path(source), split, config)
+    field = _find_text_field(readers, text_field, Path(source).name)
+    if next(Documents(readers, field), None) is None:
+        raise EmptyData(f"Column {field!r} of {Path(source).name!r} is empty.", fix="Choose another column or file.")
+    return Documents(readers, field)
+
+
+def find_text_field(
+    source: Path, *, text_field: str | None = None, split: str | None = None, config: str | None = None
+) -> str:
+    """The column that holds the text: the one asked for, else one called text, content, …, else the one with the
+    longest strings in the first rows; raises as `read_documents`."""
+    return _find_text_field(_readers(Path(source), split, config), text_field, Path(source).name)
+
+
+def n_documents(source: Path, **which: Any) -> int:
+    """How many documents `read_documents` gives, by reading them all; takes and raises the same."""
+    return sum(1 for _ in read_documents(source, **which))
+
+
+def sample(source: Path, offset: int = 0, limit: int = 20, **which: Any) -> Sample:
+    """A page of documents as text; takes and raises what `read_documents` does.
+
+    Raises:
+        BadInput: a negative offset, or a limit below 1.
+    """
+    if offset < 0 or limit < 1:
+        raise BadInput(f"offset {offset} and limit {limit} make no page.", fix="Use offset ≥ 0 and limit ≥ 1.")
+    documents = read_documents(source, **which)
+    page = list(islice(documents, offset, offset + limit + 1))
+    next_offset = offset + limit if len(page) > limit else None
+    assert isinstance(documents, Documents)
+    return Sample(page[:limit], offset, next_offset, documents.text_field)
+
+
+def statistics(tokens: PackedTokens, tokenizer: Any, *, n_top: int = 50, n_bins: int = 20) -> dict[str, Any]:
+    """Counts over packed tokens, in memory bounded by the vocabulary and the number of documents.
+
+    Returns:
+        n_tokens, n_contexts, n_documents, n_special_tokens; `vocabulary`: size, how many ids occur, the share of text
+        covered by the most frequent 10, 100 and 1000, and the `n_top` most frequent text tokens with count and share
+        (special tokens are not text); `document_lengths` in tokens: min, mean, median, max, histogram (n_bins equal
+        bins over [min, max], edges and counts).
+    """
+    counts = torch.zeros(tokens.info.d_vocab, dtype=torch.int64)
+    for start in range(0, len(tokens), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        found = torch.bincount(tokens.ids[rows][tokens.mask(rows)].long(), minlength=len(counts))
+        if len(found) > len(counts):
+            raise CorruptFile(
+                f"The tokens hold id {len(found) - 1}, outside their tokenizer's vocabulary of {len(counts)}.",
+                fix="Tokenise the dataset again.",
+            )
+        counts += found
+    special = torch.tensor(tokens.info.special_ids, dtype=torch.int64)
+    n_special = int(counts[special].sum())
+    counts[special] = 0
+    n_text = int(counts.sum())
+    ordered = torch.sort(counts, descending=True, stable=True)
+    n_shown = min(n_top, int((counts > 0).sum()))
+    top, top_counts = ordered.indices[:n_shown].tolist(), ordered.values[:n_shown].tolist()
+    return {
+        "n_tokens": tokens.info.n_tokens,
+        "n_contexts": tokens.info.n_contexts,
+        "n_documents": tokens.info.n_documents,
+        "n_special_tokens": n_special,
+        "vocabulary": {
+            "d_vocab": tokens.info.d_vocab,
+            "n_distinct": int((counts > 0).sum()),
+            "coverage": {str(n): int(ordered.values[:n].sum()) / max(n_text, 1) for n in (10, 100, 1000)},
+            "top": [
+                {"token_id": token_id, "token": token, "count": count, "share": count / n_text}
+                for token_id, token, count in zip(top, token_strings(tokenizer, top), top_counts, strict=True)
+            ],
+        },
+        "document_lengths": _lengths(tokens.document_lengths.numpy(), n_bins),
+    }
+
+
+def content_hash(source: Path) -> str:
+    """sha256 of a file, or of the names and contents of all files in a folder; reads everything once."""
+    source = Path(source)
+    if not source.exists():
+        raise NotFound(f"There is no file or folder {str(source)!r}.", fix="Check the path.")
+    if source.is_file():
+        return _file_hash(source)
+    files = sorted(path for path in source.rglob("*") if path.is_file())
+    listing = "\n".join(f"{path.relative_to(source).as_posix()} {_file_hash(path)}" for path in files)
+    return hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _readers(source: Path, split: str | None, config: str | None) -> list[Reader]:
+    if not source.exists():
+        raise NotFound(f"There is no file or folder {str(source)!r}.", fix="Check the path.")
+    if source.is_file():
+        return [reader_for(source)]
+    if (source / "dataset_dict.json").is_file() or (source / "state.json").is_file():
+        return [ArrowReader(_saved(source, split))]
+    return [reader_for(path) for path in _data_files(source, split, config)]
+
+
+def _saved(source: Path, split: str | None) -> Any:
+    """A folder written by `save_to_disk`."""
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        saved = load_from_disk(str(source))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CorruptFile(f"{source.name!r} is no whole `datasets` folder: {error}.", fix="Save it again.") from error
+    chosen = (
+        saved[_choose_split([str(name) for name in saved], split, source)] if isinstance(saved, DatasetDict) else saved
+    )
+    _check_inside(source, [file["filename"] for file in chosen.cache_files])
+    return chosen
+
+
+def _data_files(source: Path, split: str | None, config: str | None) -> list[Path]:
+    """The data files of a split, as `datasets` finds them from the README and the file names of a hub folder.
+
+    Only its search is used: reading through it would copy the data into its cache and stop at the first bad byte.
+    """
+    from datasets import load_dataset_builder
+    from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
+
+    _check_card(source)
+    try:
+        with tempfile.TemporaryDirectory() as cache:
+            builder = load_dataset_builder(str(source), config, cache_dir=cache)
+    except (DataFilesNotFoundError, DatasetNotFoundError, FileNotFoundError) as error:
+        raise EmptyData(f"There are no data files in {source.name!r}.", fix="Give a folder that has some.") from error
+    except (ValueError, RuntimeError, TypeError, KeyError) as error:
+        raise BadInput(f"The folder {source.name!r} cannot be read as a dataset: {error}.") from error
+    found: dict[str, Any] = {str(name): files for name, files in (builder.config.data_files or {}).items()}
+    files = [str(path) for path in found[_choose_split(list(found), split, source)]]
+    _check_inside(source, files)
+    return [Path(path) for path in files]
+
+
+def _check_card(source: Path) -> None:
+    """A dataset's README names its files by pattern, and `datasets` follows it anywhere: to other folders, to the network.
+
+    Raises:
+        CorruptFile: its header is not YAML.
+        BadInput: a pattern leads out of the folder.
+    """
+    if (source / ".huggingface.yaml").exists():
+        raise BadInput(
+            f"{source.name!r} has a .huggingface.yaml, which is not read.", fix="Give its data files one by one."
+        )
+    card = source / "README.md"
+    try:
+        header = (metadata_load(card) if card.is_file() else None) or {}
+    except (yaml.YAMLError, ValueError) as error:
+        raise CorruptFile(f"The header of README.md in {source.name!r} is not YAML: {error}.") from error
+    for text in _strings(header.get("configs")):
+        if "://" in text or Path(text).is_absolute() or ".." in Path(text).parts:
+            raise BadInput(
+                f"README.md in {source.name!r} points to {text!r}, outside the dataset.",
+                fix="Use files inside the folder; bring in other data as a dataset of its own.",
+            )
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _strings(item)
+
+
+def _check_inside(source: Path, files: list[str]) -> None:
+    root = os.path.abspath(source)
+    for file in files:
+        if os.path.commonpath([root, os.path.abspath(file)]) != root:
+            raise BadInput(
+                f"{source.name!r} points to {file!r}, outside the dataset.", fix="Use files inside the folder."
+            )
+
+
+def _choose_split(splits: list[str], split: str | None, source: Path) -> str:
+    if not splits:
+        raise EmptyData(f"There are no splits in {source.name!r}.", fix="Give a folder that has data files.")
+    if split is None:
+        return "train" if "train" in splits else splits[0]
+    if split not in splits:
+        raise BadInput(f"{source.name!r} has no split {split!r}.", fix=f"Use one of: {', '.join(splits)}.")
+    return split
+
+
+def _find_text_field(readers: list[Reader], text_field: str | None, name: str) -> str:
+    rows = list(islice(chain.from_iterable(reader.rows() for reader in readers), N_SAMPLED))
+    if not rows:
+        raise EmptyData(f"There are no rows in {name!r}.", fix="Give a source with text.")
+    lengths: dict[str, int] = {}
+    others: dict[str, str] = {}
+    for row in rows:
+        for column, value in row.items():
+            if isinstance(value, (str, bytes)):
+                lengths[column] = lengths.get(column, 0) + len(value)
+            elif value is not None:
+                others[column] = type(value).__name__
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    if text_field is not None:
+        if text_field not in columns:
+            raise BadInput(f"{name!r} has no column {text_field!r}.", fix=f"Use one of: {', '.join(columns)}.")
+        if text_field in others:
+            raise BadInput(
+                f"Column {text_field!r} of {name!r} holds {others[text_field]} values, not text.",
+                fix=f"Columns of text: {', '.join(lengths) or 'none'}.",
+            )
+        return text_field
+    candidates = [column for column in lengths if column not in others]
+    if not candidates:
+        raise BadInput(f"{name!r} has no column of text.", fix=f"Its columns are {', '.join(columns)}.")
+    for wanted in TEXT_FIELDS:
+        for column in candidates:
+            if column.casefold() == wanted:
+                return column
+    return max(candidates, key=lengths.__getitem__)
+
+
+def _as_text(value: Any) -> tuple[str, bool]:
+    """A value as text, and whether it held bytes that are no UTF-8; anything that is no text is empty."""
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", errors="surrogateescape")
+    if not isinstance(value, str):
+        return "", False
+    text = _SURROGATE.sub("�", value)
+    return text, text != value
+
+
+def _lengths(lengths: np.ndarray, n_bins: int) -> dict[str, Any]:
+    counts, edges = np.histogram(lengths, bins=n_bins)
+    return {
+        "min": int(lengths.min()),
+        "mean": float(lengths.mean()),
+        "median": float(np.median(lengths)),
+        "max": int(lengths.max()),
+        "histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
+    }

@@ -1,0 +1,435 @@
+"""The search index over features: a copy of the records, in LanceDB, that answers by words and by meaning.
+
+The records in SQLite are the truth and `rows()` gives them all again, so a folder that was deleted, damaged, written
+for another embedder or left open by a killed engine is rebuilt, with the same answers. One process writes, through this
+class; a search sees one version of the table from its first page to its last.
+
+It knows neither how a vector is made nor what makes a hit a good one (`ranking.py`), nor which features ought to be
+hidden.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import errno
+import hashlib
+import json
+import logging
+import secrets
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import timedelta
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import lancedb
+import numpy as np
+import pyarrow as pa
+from lancedb.index import FTS, Bitmap, BTree
+from lancedb.table import Table
+
+from mistudio_engine.api.errors import BadInput, DiskFull, EmptyData, Internal
+from mistudio_engine.runtime.feature_rows import (
+    FeatureHit,
+    FeatureHits,
+    FeatureRow,
+    SearchMode,
+    Where,
+    arrow_schema,
+    arrow_table,
+    clean,
+    quoted,
+    unit_vector,
+)
+from mistudio_engine.runtime.files import free_bytes, write_atomic
+from mistudio_engine.runtime.ranking import DEPTH, FIELD_WEIGHTS, SCORE_MEANS, best, by_meaning, by_words, fused, take
+
+__all__ = [
+    "SCORE_MEANS",
+    "FeatureHit",
+    "FeatureHits",
+    "FeatureIndex",
+    "FeatureRow",
+    "IndexDamaged",
+    "SearchMode",
+    "Where",
+]
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+BATCH_ROWS = 4096
+
+OPTIMIZE_ROWS, OPTIMIZE_WRITES = 1000, 50
+"""Merging small writes into the indices costs half a second at 50,000 rows, so single label edits wait for it together;
+until then LanceDB scans them, and answers are the same."""
+
+KEEP_VERSIONS = timedelta(hours=1)
+"""How long a cursor stays valid at the least."""
+
+LAYOUT = 1
+"""Raised when the columns change: an index of another layout is rebuilt."""
+
+DAMAGE = (RuntimeError, OSError, ValueError)
+"""What LanceDB and Arrow raise on files that are missing, cut off or not theirs."""
+
+
+class IndexDamaged(Internal):
+    """The index could not be read, and rebuilding it did not help."""
+
+
+HIT_COLUMNS = [name for name in FeatureHit.model_fields if name not in ("score", "why")]
+
+
+class FeatureIndex:
+    """The index of one data directory, for one embedder.
+
+    Args:
+        folder: where the tables lie; made when missing.
+        rows: gives all features anew, from the records; called for a rebuild, on the thread that noticed the need.
+        embedder: what makes the vectors; None for words only. Another one than last time rebuilds the index.
+        dimension: length of its vectors.
+
+    Nothing is opened before the first use. Safe to use from any thread.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        rows: Callable[[], Iterable[FeatureRow]],
+        *,
+        embedder: str | None = None,
+        dimension: int | None = None,
+    ) -> None:
+        if (embedder is None) != (dimension is None):
+            raise BadInput("An embedder and the dimension of its vectors go together.")
+        self.folder, self.embedder, self.dimension = Path(folder), embedder, dimension
+        self._rows = rows
+        self._lock = threading.RLock()
+        self._table: Table | None = None
+        self._marker: dict[str, Any] = {}
+        self._unmerged = _Unmerged()
+        self._n_rebuilt = 0
+
+    # -- writing
+
+    def upsert(self, rows: Iterable[FeatureRow]) -> int:
+        """Add features, or replace those with the same id; how many. Write the records first, they are the truth."""
+        # Made into Arrow first: a row that is wrong must not look like an index that is damaged.
+        batches = [arrow_table(batch, self.dimension) for batch in _batches(rows)]
+        n_rows = sum(batch.num_rows for batch in batches)
+
+        def write() -> None:
+            table = self._open()
+            for batch in batches:
+                _merge(table, batch)
+            self._written(table, n_rows)
+
+        if batches:
+            with self._lock:
+                self._healed(write)
+        return n_rows
+
+    def delete_sae(self, sae: str) -> int:
+        """Remove the features of an SAE; how many there were."""
+        where = f"sae = {quoted(sae)}"
+
+        def delete() -> int:
+            table = self._open()
+            n_rows = table.count_rows(where)
+            if n_rows:
+                table.delete(where)
+                self._written(table, n_rows)
+            return n_rows
+
+        with self._lock:
+            return self._healed(delete)
+
+    def rebuild(self) -> int:
+        """Make the index anew from `rows()`; how many features it has. Searches meanwhile see the old one."""
+        with self._lock:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            generation = secrets.token_hex(4)
+            try:
+                table = self._build(f"features-{generation}")
+                self._table, self._unmerged = table, _Unmerged()
+                self._mark(generation=generation)
+                self._n_rebuilt += 1
+            finally:  # what the marker does not name is of no use, be it the old table or one that could not be built
+                named = f"features-{self._marker.get('generation')}.lance"
+                for folder in self.folder.glob("features-*.lance"):
+                    if folder.name != named:
+                        shutil.rmtree(folder, ignore_errors=True)
+            log.info("search index rebuilt with %d features", self._marker["rows"])
+            return self._marker["rows"]
+
+    def _build(self, name: str) -> Table:
+        table = lancedb.connect(self.folder).create_table(name, schema=arrow_schema(self.dimension))
+        for batch in _batches(self._rows()):
+            _merge(table, arrow_table(batch, self.dimension))
+        for field in FIELD_WEIGHTS:
+            # Words such as "the" are features too, and tokens can be long: nothing is dropped.
+            table.create_index(field, config=FTS(base_tokenizer="icu", remove_stop_words=False, max_token_length=None))
+        for field in ("id", "category_key", "frequency"):
+            table.create_index(field, config=BTree())
+        for field in ("sae", "dense"):
+            table.create_index(field, config=Bitmap())
+        return table
+
+    def optimize(self) -> None:
+        """Merge what was written since into the indices, and drop versions that no cursor needs any more."""
+        with self._lock:
+            self._healed(lambda: self._optimize(self._open()))
+
+    def close(self) -> None:
+        """Say that everything written is in the index: an index that was not closed is rebuilt, as after `kill -9`."""
+        with self._lock:
+            if self._table is not None:
+                self._mark(open=False)
+                self._table = None
+
+    # -- reading
+
+    def count(self, where: Where | None = None) -> int:
+        """How many features there are."""
+        return self._healed(lambda: self._snapshot(None)[0].count_rows((where or Where()).sql()))
+
+    def search(
+        self,
+        query: str = "",
+        *,
+        mode: SearchMode = "text",
+        vector: Sequence[float] | np.ndarray | None = None,
+        where: Where | None = None,
+        limit: int = 20,
+        cursor: str | None = None,
+    ) -> FeatureHits:
+        """Features that match, best first; of equal ones the shorter label first.
+
+        Args:
+            query: words, for the modes "text" and "hybrid". What full text does not know (punctuation, a part of a
+                word, a script without spaces) is looked for as it stands.
+            vector: the query embedded by our embedder, (dimension,), for the modes "meaning" and "hybrid".
+            cursor: `next_cursor` of the page before, with the same query.
+
+        Raises:
+            EmptyData: no words, or no vector, where the mode needs them.
+            WrongShape: a vector that is not of our embedder.
+            BadInput: a cursor of another search, or of a version that is gone.
+        """
+        where = where or Where()
+        condition = where.sql()
+        query = clean(query)
+        if mode != "meaning" and not query.strip():
+            raise EmptyData("The query is empty.", fix="Give one word or more.")
+        unit = self._query_vector(vector) if mode != "text" else None
+        asked = _fingerprint(mode, query if mode != "meaning" else "", where, unit)
+        position = _read_cursor(cursor, asked) if cursor else None
+
+        def answer() -> FeatureHits:
+            table, generation = self._snapshot(position)
+            offset = position.offset if position else 0
+            if unit is None:
+                ranking = by_words(table, query, condition)
+            elif mode == "meaning":
+                ranking = by_meaning(table, unit, condition, offset + limit)
+            else:
+                ranking = fused(by_words(table, query, condition), by_meaning(table, unit, condition, DEPTH))
+            scores = best(table, ranking, offset, limit)
+            rows = take(table, list(scores), HIT_COLUMNS)
+            hits = [
+                FeatureHit(score=min(1.0, max(0.0, score)), why="; ".join(ranking.why(row)), **rows[row])
+                for row, score in scores.items()
+            ]
+            end = offset + len(hits)
+            following = _Position(generation, table.version, end, asked) if hits and end < ranking.total else None
+            return FeatureHits(
+                rows=hits,
+                total=ranking.total,
+                shown=len(hits),
+                next_cursor=following.cursor() if following else None,
+                mode=mode,
+                embedder=None if unit is None else self.embedder,
+                score_means=SCORE_MEANS[mode],
+            )
+
+        return self._healed(answer)
+
+    # -- the table
+
+    def _healed(self, work: Callable[[], T]) -> T:
+        """Do it; on a damaged index rebuild once and do it again."""
+        n_rebuilt = self._n_rebuilt
+        try:
+            return work()
+        except DAMAGE as error:
+            _raise_disk_full(error, self.folder)
+            log.warning("search index damaged: %s", error)
+        try:
+            with self._lock:
+                if self._n_rebuilt == n_rebuilt:  # else somebody else has rebuilt it meanwhile
+                    self.rebuild()
+            return work()
+        except DAMAGE as error:
+            _raise_disk_full(error, self.folder)
+            raise IndexDamaged(
+                "The search index cannot be read, and rebuilding it did not help.",
+                why=str(error).partition("\n")[0][:300],
+                fix=f"Stop the engine, delete {self.folder}, start it again.",
+            ) from error
+
+    def _open(self) -> Table:
+        """The table to write to, checked when it is opened, rebuilt when the check fails."""
+        with self._lock:
+            if self._table is not None:
+                return self._table
+            marker = self._read_marker()
+            reason = self._distrust(marker)
+            if reason is None:
+                table = self._open_table(marker["generation"])
+                if (table.version, table.count_rows()) == (marker["version"], marker["rows"]):
+                    self._table, self._marker = table, marker
+                    self._mark(open=True)
+                    return table
+                reason = "files are missing"
+            log.info("search index is rebuilt: %s", reason)
+            self.rebuild()
+            assert self._table is not None
+            return self._table
+
+    def _distrust(self, marker: dict[str, Any]) -> str | None:
+        if not marker:
+            return "there is none"
+        if marker.get("layout") != LAYOUT:
+            return "it has another layout"
+        if (marker.get("embedder"), marker.get("dimension")) != (self.embedder, self.dimension):
+            return "it has vectors of another embedder"
+        if marker.get("open") is not False:
+            return "the engine before did not close it"
+        return None
+
+    def _snapshot(self, position: _Position | None) -> tuple[Table, str]:
+        """A handle of its own that stays at one version, and the name of the table it is of. Waits for no writer."""
+        if self._table is None:
+            self._open()
+        generation = self._marker["generation"]
+        if position is not None and position.generation != generation:
+            raise _gone()
+        table = self._open_table(generation)
+        try:
+            table.checkout(position.version if position else table.version)
+        except ValueError as error:
+            raise _gone() from error
+        return table, generation
+
+    def _open_table(self, generation: str) -> Table:
+        return lancedb.connect(self.folder).open_table(f"features-{generation}")
+
+    @property
+    def _marker_path(self) -> Path:
+        return self.folder / "features.json"
+
+    def _read_marker(self) -> dict[str, Any]:
+        try:
+            marker = json.loads(self._marker_path.read_bytes())
+        except (FileNotFoundError, ValueError):
+            return {}
+        return marker if isinstance(marker, dict) else {}
+
+    def _mark(self, **changes: Any) -> None:
+        """Record what the folder holds, so that a missing or older file is noticed."""
+        assert self._table is not None
+        state = {"layout": LAYOUT, "embedder": self.embedder, "dimension": self.dimension, "open": True}
+        size = {"version": self._table.version, "rows": self._table.count_rows()}
+        self._marker = self._marker | state | size | changes
+        write_atomic(self._marker_path, json.dumps(self._marker))
+
+    def _query_vector(self, vector: Sequence[float] | np.ndarray | None) -> np.ndarray:
+        if self.dimension is None:
+            raise EmptyData("This index has words only.", fix='Search with mode="text", or set up an embedder.')
+        unit = unit_vector(vector, self.dimension, "query vector")
+        if unit is None:
+            raise EmptyData("A search by meaning needs the query's vector, and it has none.")
+        return unit
+
+    def _written(self, table: Table, n_rows: int) -> None:
+        self._unmerged.rows += n_rows
+        self._unmerged.writes += 1
+        if self._unmerged.rows >= OPTIMIZE_ROWS or self._unmerged.writes >= OPTIMIZE_WRITES:
+            self._optimize(table)
+        else:
+            self._mark()
+
+    def _optimize(self, table: Table) -> None:
+        table.optimize(cleanup_older_than=KEEP_VERSIONS)
+        self._unmerged = _Unmerged()
+        self._mark()
+
+
+def _merge(table: Table, data: pa.Table) -> None:
+    table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().execute(data)
+
+
+class _Unmerged:
+    """What was written since the indices were merged."""
+
+    def __init__(self) -> None:
+        self.rows = self.writes = 0
+
+
+class _Position(NamedTuple):
+    """Where a page begins: in which table, at which version of it, after how many hits, of which search."""
+
+    generation: str
+    version: int
+    offset: int
+    asked: str
+
+    def cursor(self) -> str:
+        return base64.urlsafe_b64encode(json.dumps(self).encode()).decode().rstrip("=")
+
+
+def _read_cursor(cursor: str, asked: str) -> _Position:
+    try:
+        said = json.loads(base64.urlsafe_b64decode(cursor.encode() + b"=" * (-len(cursor) % 4)))
+        position = _Position(str(said[0]), int(said[1]), int(said[2]), str(said[3]))
+    except (ValueError, TypeError, LookupError, binascii.Error) as error:
+        raise BadInput(
+            f"{cursor[:40]!r} is not a cursor.", fix="Pass next_cursor of the page before, or none."
+        ) from error
+    if position.asked != asked or position.offset < 0 or position.version < 1:
+        raise BadInput(
+            "The cursor belongs to another search.",
+            fix="Repeat the query, mode and filters that it came with, or drop it.",
+        )
+    return position
+
+
+def _gone() -> BadInput:
+    return BadInput(
+        "The version of the index that this cursor continues is gone.",
+        why="It was rebuilt, or much has been written since.",
+        fix="Search again without a cursor.",
+    )
+
+
+def _raise_disk_full(error: Exception, folder: Path) -> None:
+    """LanceDB reports a full disk as a RuntimeError among others; the number is the system's."""
+    if f"os error {errno.ENOSPC}" in str(error):
+        free = free_bytes(folder)
+        raise DiskFull.of("The search index", free + 1, free) from error
+
+
+def _fingerprint(mode: str, query: str, where: Where, unit: np.ndarray | None) -> str:
+    said = json.dumps([mode, query, where.model_dump()]).encode()
+    return hashlib.sha256(said + (b"" if unit is None else unit.tobytes())).hexdigest()[:16]
+
+
+def _batches(rows: Iterable[FeatureRow]) -> Iterator[list[FeatureRow]]:
+    rows = iter(rows)
+    while batch := list(islice(rows, BATCH_ROWS)):
+        yield batch

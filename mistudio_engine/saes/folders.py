@@ -1,0 +1,72 @@
+"""A folder that is there whole or not at all.
+
+Files are written beside it under a `.part` name, synced to the disk, and the folder renamed into place: after a crash a
+folder with a final name is complete. It does not know what is in the folder.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mistudio_engine.api.errors import Conflict, DiskFull
+
+__all__ = ["new_folder"]
+
+
+@contextmanager
+def new_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A folder to write into that takes the name `folder` when the block ends well, and goes when it does not.
+
+    Args:
+        folder: the final name; its parents are made.
+        replace: put it in the place of one that exists.
+
+    Raises:
+        Conflict: `folder` exists and `replace` is False.
+        DiskFull: the disk filled up inside the block.
+    """
+    if folder.exists() and not replace:
+        raise Conflict(f"{folder.name} exists already.", fix="Choose another name, or delete it first.")
+    part = folder.with_name(folder.name + ".part")
+    _remove(part)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        for file in part.iterdir():
+            _sync(file)
+        _sync(part)
+        if folder.exists():
+            # Two renames, since none replaces a folder that is not empty; in between the old one waits under `.old`.
+            old = folder.with_name(folder.name + ".old")
+            _remove(old)
+            folder.rename(old)
+            part.rename(folder)
+            _remove(old)
+        else:
+            part.rename(folder)
+        _sync(folder.parent)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        written = sum(file.stat().st_size for file in part.iterdir()) if part.exists() else 0
+        raise DiskFull.of(f"Writing {folder.name}", written, shutil.disk_usage(folder.parent).free) from error
+    finally:
+        _remove(part)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.exists():
+        shutil.rmtree(path)

@@ -1,0 +1,89 @@
+"""The logit lens in blocks equals the whole matrix product, in its order, its moments and its histogram."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from discovery_data import drain
+
+from mistudio_engine.api.errors import BadInput, EmptyData, WrongShape
+from mistudio_engine.discovery import logit_lens as module
+from mistudio_engine.discovery.logit_lens import logit_lens
+from mistudio_engine.models.hooks import edit
+from mistudio_engine.models.language_model import unembedding
+
+
+@pytest.fixture(params=["one block", "many blocks"])
+def blocks(request, monkeypatch):
+    if request.param == "many blocks":
+        monkeypatch.setattr(module, "_STEP_CELLS_CPU", 300)
+
+
+def whole_numbers(seed, *shape):
+    """Integers as floats: products and sums are exact in any order, so ranks can be compared for equality."""
+    return torch.randint(-8, 9, shape, generator=torch.Generator().manual_seed(seed)).float()
+
+
+@pytest.mark.parametrize("with_gain", [True, False])
+def test_blocks_give_what_the_whole_product_gives(blocks, with_gain):
+    W_dec, W_U = whole_numbers(0, 23, 12), whole_numbers(1, 101, 12)
+    gain = whole_numbers(2, 12) if with_gain else None
+    lens, steps = drain(logit_lens(W_dec, W_U, gain, k=7, n_bins=10))
+    logits = (W_dec @ (W_U * gain if with_gain else W_U).T).double().numpy()
+    np.testing.assert_array_equal(lens.promoted_values, -np.sort(-logits)[:, :7])
+    np.testing.assert_array_equal(lens.suppressed_values, np.sort(logits)[:, :7])
+    rows = np.arange(23)[:, None]
+    np.testing.assert_array_equal(logits[rows, lens.promoted_ids], lens.promoted_values)
+    np.testing.assert_array_equal(logits[rows, lens.suppressed_ids], lens.suppressed_values)
+    assert steps[-1].fraction == 1.0
+
+
+def test_moments_and_histogram_are_those_of_the_logits(blocks):
+    W_dec, W_U = torch.randn(9, 16), torch.randn(400, 16)
+    lens, _ = drain(logit_lens(W_dec, W_U, n_bins=20))
+    logits = (W_dec @ W_U.T).double().numpy()
+    z = (logits - logits.mean(1, keepdims=True)) / logits.std(1, keepdims=True)
+    np.testing.assert_allclose(lens.mean, logits.mean(1), atol=1e-5)
+    np.testing.assert_allclose(lens.std, logits.std(1), rtol=1e-5)
+    np.testing.assert_allclose(lens.skewness, (z**3).mean(1), atol=1e-4)
+    np.testing.assert_allclose(lens.kurtosis, (z**4).mean(1), rtol=1e-4)
+    for row in range(9):
+        counts, edges = np.histogram(logits[row], 20)
+        assert lens.histogram_counts[row].sum() == 400
+        np.testing.assert_allclose(lens.histogram_edges(row), edges, rtol=1e-5)
+        assert np.abs(np.cumsum(lens.histogram_counts[row]) - np.cumsum(counts)).max() <= 1  # a value on an edge
+
+
+def test_without_bins_there_are_tokens_only():
+    lens, _ = drain(logit_lens(torch.randn(3, 4), torch.randn(10, 4), k=2, n_bins=0))
+    assert lens.histogram_counts.shape == (3, 0)
+    assert lens.promoted_ids.shape == (3, 2)
+
+
+def test_a_direction_of_zeros_promotes_nothing_and_breaks_nothing():
+    lens, _ = drain(logit_lens(torch.zeros(1, 4), torch.randn(10, 4), k=2))
+    assert not lens.promoted_values.any()
+    assert lens.std[0] == lens.skewness[0] == lens.kurtosis[0] == 0
+
+
+def test_a_model_pushed_far_along_a_direction_says_what_its_lens_promotes_and_not_what_it_suppresses(planted):
+    """The claim by intervention: push the last residual stream along a row, and look at the model's own logits."""
+    lm, _ = planted(torch.randn(40, 16, generator=torch.Generator().manual_seed(3)))
+    lm.hf.model.norm.weight.data.uniform_(0.2, 2.0)
+    row = torch.randn(1, 16, generator=torch.Generator().manual_seed(4))
+    lens, _ = drain(logit_lens(row, *unembedding(lm), k=3))
+    ids = torch.tensor([[2, 3, 4]])
+    with edit(lm, "blocks.0.hook_resid_post", lambda h: h + 1e3 * row):
+        after = lm.logits(ids)[0, -1]
+    assert torch.topk(after, 3).indices.tolist() == lens.promoted_ids[0].tolist()
+    assert torch.topk(-after, 3).indices.tolist() == lens.suppressed_ids[0].tolist()
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(WrongShape, match=r"width 5 do not fit an unembedding \(10, 4\)"):
+        next(logit_lens(torch.randn(3, 5), torch.randn(10, 4)))
+    with pytest.raises(BadInput, match="k = 11"):
+        next(logit_lens(torch.randn(3, 4), torch.randn(10, 4), k=11))
+    with pytest.raises(EmptyData):
+        next(logit_lens(torch.zeros(0, 4), torch.randn(10, 4), k=1))
