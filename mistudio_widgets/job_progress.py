@@ -36,14 +36,8 @@ SHOWN = {
 }  # fmt: skip
 """Fields of the record that travel to the browser; arguments and results can be large."""
 
-PROGRESS_FIELDS = {
-    "fraction": "progress",
-    "stage": "stage",
-    "rate": "rate",
-    "unit": "unit",
-    "eta_seconds": "eta_seconds",
-}
-"""Fields of a progress event, and of the record."""
+PROGRESS_FIELDS = {"progress", "stage", "rate", "unit", "eta_seconds"}
+"""Fields of the record that a progress event brings."""
 
 
 class StudioLike(Protocol):

@@ -214,7 +214,7 @@ class EventsHandler(WebSocketMixin, WebSocketHandler, JupyterHandler):
         if self.request.headers.get("Upgrade", "").lower() != "websocket":
             raise web.HTTPError(400, "This address is a WebSocket.")
         try:
-            self.engine = await self.link.socket(f"{API}/ws", engine_query(self.request.query))
+            engine = self.engine = await self.link.socket(f"{API}/ws", engine_query(self.request.query))
         except InvalidStatus as error:
             self.set_status(error.response.status_code)
             self.set_header("Content-Type", "application/json")
@@ -225,7 +225,7 @@ class EventsHandler(WebSocketMixin, WebSocketHandler, JupyterHandler):
         try:
             await super().get(*args, **kwargs)  # lasts as long as the connection
         finally:
-            await self.engine.close()
+            await engine.close()
 
     async def open(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
         super().open(*args, **kwargs)

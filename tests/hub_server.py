@@ -3,8 +3,8 @@
     with serve_hub({"openai/tiny": folder, "datasets/me/words": other}) as hub:
         Hub(home, endpoint=hub.url)
 
-A repository is a folder; its one commit is a hash of its files, and `main` names it. As on the real hub, large and binary
-files are LFS files that redirect to another host, ranges are honoured, gated repositories answer 401 or 403 with an
+A repository is a folder; its one commit is a hash of its files, and `main` names it. As on the real hub, weights and
+tables are LFS files that redirect to another host, ranges are honoured, gated repositories answer 401 or 403 with an
 X-Error-Code, and a repository that is not there answers 401 to strangers. It knows no uploads and no history.
 """
 

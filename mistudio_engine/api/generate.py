@@ -92,7 +92,7 @@ def _method(kind: type[Operation[Any]], sync: bool, names: set[str]) -> str:
         default = "" if field.default is PydanticUndefined and field.default_factory is None else " = ..."
         parameters.append(f"{name}: {annotation}{default}")
     if kind is OPERATIONS["train_sae"]:
-        parameters.append("**hyperparameters: Any")
+        parameters.append("**settings: Any")
     if issubclass(kind, JobOperation):
         result = f"JobHandle[{_annotation(kind.outcome, names)}]" if sync else "Job"
     else:

@@ -37,8 +37,8 @@ DTYPE_BYTES: dict[str, int] = {"float32": 4, "float64": 8, "float16": 2, "bfloat
 Normalization = Literal[
     "none", "expected_average_only_in", "layer_norm", "constant_norm_rescale", "covariance_whitening"
 ]
-"""SAELens's names. Only layer_norm and constant_norm_rescale do anything when an SAE runs: the scale or the whitening of
-the other two must have been folded into the weights before they were saved."""
+"""SAELens's names. Only layer_norm and constant_norm_rescale do anything when an SAE runs: the scale or the whitening
+of the other two must have been folded into the weights before they were saved."""
 
 
 class SAEConfigBase(BaseModel):
@@ -141,8 +141,8 @@ class TopKConfig(SAEConfigBase):
     """Features that may be active on one token."""
 
     rescale_acts_by_decoder_norm: bool = False
-    """Choose by pre-activation times decoder norm, and call that the activation. SAEs trained here come out with decoder
-    rows of norm 1, where it makes no difference."""
+    """Choose by pre-activation times decoder norm, and call that the activation. SAEs trained here come out with
+    decoder rows of norm 1, where it makes no difference."""
 
     @model_validator(mode="after")
     def _k_fits(self) -> TopKConfig:

@@ -80,6 +80,14 @@ def learning_rate(step: int, n_steps: int, peak: float) -> float:
     return peak * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, n_steps - warm))))
 
 
+def unevenness(hidden: torch.Tensor) -> torch.Tensor:
+    """How few directions hold the variance: d · Σλ² / (Σλ)² over the covariance's eigenvalues, 1 (all alike) to d (one)."""
+    x = hidden[:, 1:].flatten(0, 1)
+    x = x - x.mean(0)
+    covariance = x.T @ x / len(x)
+    return len(covariance) * covariance.square().sum() / covariance.trace().square()
+
+
 def train_model(rows: torch.Tensor, vocab_size: int, *, n_steps: int, batch: int, lr: float, seed: int):
     """A language model trained on the rows, and the loss of its last steps in nats a token."""
     torch.manual_seed(seed)
@@ -91,13 +99,6 @@ def train_model(rows: torch.Tensor, vocab_size: int, *, n_steps: int, batch: int
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": 0.1}, {"params": gains, "weight_decay": 0.0}], lr=lr, betas=(0.9, 0.98)
     )
-    noise = torch.Generator().manual_seed(seed)
-
-    def blur(_block: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        spread = NOISE * output.detach().square().mean(-1, keepdim=True).sqrt()
-        return output + spread * torch.randn(output.shape, generator=noise)
-
-    hooks = [block.register_forward_hook(blur) for block in model.model.layers[:-1]] if NOISE else []
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
     losses: list[float] = []
     started = time.monotonic()
@@ -106,17 +107,16 @@ def train_model(rows: torch.Tensor, vocab_size: int, *, n_steps: int, batch: int
         tokens = rows[chosen]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, n_steps, lr)
-        logits = model(tokens[:, :-1], use_cache=False).logits
-        loss = cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        output = model(tokens[:, :-1], use_cache=False, output_hidden_states=True)
+        loss = cross_entropy(output.logits.flatten(0, 1), tokens[:, 1:].flatten())
+        losses.append(loss.item())
+        if NOISE: loss = loss + NOISE * sum(unevenness(h) for h in output.hidden_states[2:-1])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        losses.append(loss.item())
         if step % 100 == 99:
             print(f"step {step + 1:5d}  loss {sum(losses[-100:]) / 100:.4f}  {time.monotonic() - started:.0f} s", flush=True)
-    for hook in hooks:
-        hook.remove()
     return model.eval(), sum(losses[-50:]) / len(losses[-50:])
 
 

@@ -77,6 +77,24 @@ PERSON_FRAMES = {
 ANIMAL_FRAMES = {"motion": 4.0, "rest": 2.0, "eat": 2.0, "feed": 1.0, "notice": 1.5, "feel": 2.0}
 
 
+AFTER_CHANCE = 0.4
+"""How often what a word of a concept calls for follows it."""
+
+# What calls for what: each concept continues in its own way, or a model would have no reason to tell them apart.
+AFTER: dict[str, tuple[tuple[str, ...], ...]] = {
+    "animal": (("with a", "with one"), ("long", "short", "bushy", "curly"), ("tail", "ear", "paw", "nose")),
+    "clothing": (("made of", "lined with"), ("wool", "silk", "linen", "leather", "cotton", "fur")),
+    "feeling": (("about",), ("nothing", "everything", "money", "work", "life", "love")),
+    "food": (("for",), ("breakfast", "lunch", "supper", "dinner", "guests")),
+    "person": (("named", "called"), WORDS["name"]),
+    "place": (("on the",), WORDS["side"], ("side", "shore", "road")),
+    "plant": (("in",), ("full", "early", "late"), ("bloom", "leaf", "fruit")),
+    "thing": (("of",), ("iron", "brass", "stone", "glass", "oak wood")),
+    "vehicle": (("full of", "loaded with"), ("sand", "coal", "timber", "gravel", "hay")),
+    "weather": (("all", "half the"), ("day", "night", "afternoon")),
+}
+
+
 class Word(NamedTuple):
     """A word or a punctuation mark of a document."""
 
@@ -131,6 +149,7 @@ class Writer:
         self.at_start = True
         self.glued = True
         self.said: dict[str, list[Noun]] = {}
+        self.brief = False
         self.hero = self.pick("word.name")
         self.hero_pronoun = "he" if self.hero in WORDS["name"][6:] else "she"
 
@@ -209,13 +228,35 @@ class Writer:
 
     def say_noun(self, noun: Noun, concept: str, many: bool) -> None:
         self.say(noun.many if many else noun.one, *([concept] if concept != "thing" else []))
+        if not self.brief:
+            self.say_after(concept)
+
+    def say_after(self, concept: str) -> None:
+        if self.chance(AFTER_CHANCE):
+            for words in AFTER[concept]:
+                self.say(self.choose(words))
+
+    def number(self) -> None:
+        self.say(self.pick("word.number"), "number")
+        if self.chance(AFTER_CHANCE):
+            self.say("or")
+            self.say(self.pick("word.number"), "number")
+
+    def colour(self) -> None:
+        self.say(self.pick("adjective.colour"), "colour")
+        if self.chance(AFTER_CHANCE):
+            self.say("and")
+            self.say(self.pick("adjective.colour"), "colour")
+
+    def feeling(self) -> None:
+        self.say(self.pick("adjective.feeling"), "feeling")
+        self.say_after("feeling")
 
     def adjective(self, concept: str) -> None:
-        kind = "sky" if concept == "weather" else "feeling" if concept in ("person", "animal") else "quality"
-        kind = "quality" if kind == "feeling" and self.chance(0.65) else kind
-        if self.chance(0.35) and concept not in ("person", "weather"):
-            kind = "colour"
-        self.say(self.pick(f"adjective.{kind}"), *([kind] if kind in ("colour", "feeling") else []))
+        if self.chance(0.4):
+            self.colour()
+        else:
+            self.say(self.pick("adjective.sky" if concept == "weather" else "adjective.quality"))
 
     def noun_phrase(self, concept: str) -> bool:
         """Determiner, adjectives, noun; returns whether it is plural."""
@@ -223,7 +264,7 @@ class Writer:
         if "quotation" in self.scopes and self.chance(0.45):
             self.say(self.choose(("my", "your", "our")))
         elif many and self.chance(0.45):
-            self.say(self.pick("word.number"), "number")
+            self.number()
         elif many:
             self.say(self.choose(("the", "some", "many", "these")))
         else:
@@ -344,7 +385,7 @@ class Writer:
         if frame == "feel":
             if self.chance(0.3):
                 self.say(self.choose(("very", "so", "quite", "almost")))
-            self.say(self.pick("adjective.feeling"), "feeling")
+            self.feeling()
         else:
             self.verb(self.pick(f"verb.{frame}"), subject, tense, bare, ("motion",) if frame == "motion" else ())
             if frame == "motion" and self.chance(0.8):
@@ -367,9 +408,7 @@ class Writer:
                 self.noun_phrase("person")
             elif roll < 0.7:
                 self.say(self.choose(("always", "mostly", "as usual")))
-                self.say(self.pick("adjective.feeling"), "feeling")
-                self.say("and")
-                self.say(self.pick("adjective.quality"))
+                self.feeling()
             else:
                 self.say(self.choose(("with", "without")))
                 self.noun_phrase(self.choose(("clothing", "thing", "vehicle")))
@@ -532,7 +571,7 @@ class Writer:
                     self.say(self.pick("verb.cook").base)
                     with self.scope("object"):
                         if self.chance(0.5):
-                            self.say(self.pick("word.number"), "number")
+                            self.number()
                         else:
                             self.say(self.choose(("the", "some")))
                         if self.chance(0.35):

@@ -3,10 +3,10 @@
 Every group is per-context: a context stands for its strongest position, once.
 
 - *top*: the contexts with the largest activations; equal ones by context number.
-- *stratified*: a reservoir in each sixteenth of (0, 2^e], 2^e the power of two above the largest activation so far. When
-  the maximum outgrows 2^e, neighbouring sixteenths become one, and so do their reservoirs, without loss: the first n of
-  a union are among the first n of its parts. That is why the strata are powers of two and not fractions of a maximum
-  that is known only at the end.
+- *stratified*: a reservoir in each sixteenth of (0, 2^e], 2^e the power of two above the largest activation so far.
+  When the maximum outgrows 2^e, neighbouring sixteenths become one, and so do their reservoirs, without loss: the
+  first n of a union are among the first n of its parts. That is why the strata are powers of two and not fractions of
+  a maximum that is known only at the end.
 - *random*: contexts in which the feature fires, whatever the value.
 - *zero*: contexts in which it never fires.
 
@@ -17,6 +17,7 @@ window can be cut later. It knows no text and writes no file.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 
 from mistudio_engine.discovery.activation_block import Block, Runs, rank_in_run, run_starts, stable_order
 
-__all__ = ["Chosen", "ExamplePool"]
+__all__ = ["Chosen", "ExamplePool", "joined"]
 
 _N_STRATA = 16
 _COMPACT_AT = 1 << 20
@@ -45,7 +46,22 @@ class Chosen(NamedTuple):
     """The activation there."""
 
     record: NDArray[np.int64]
-    """Where the pool keeps the activations of the context."""
+    """Where the pool keeps the activations of the context; -1 where it is silent."""
+
+    def take(self, rows: NDArray) -> Chosen:
+        """These rows, by index or by mask."""
+        return Chosen(self.feature[rows], self.context[rows], self.position[rows], self.value[rows], self.record[rows])
+
+
+def joined(groups: Sequence[Chosen]) -> Chosen:
+    """Several groups, one after another."""
+    return Chosen(
+        feature=np.concatenate([group.feature for group in groups]),
+        context=np.concatenate([group.context for group in groups]),
+        position=np.concatenate([group.position for group in groups]),
+        value=np.concatenate([group.value for group in groups]),
+        record=np.concatenate([group.record for group in groups]),
+    )
 
 
 class ExamplePool:
@@ -99,7 +115,7 @@ class ExamplePool:
     def stratified(self, features: slice) -> Chosen:
         """All reservoirs of these features, by feature, then in the order of their choice."""
         chosen = self._chosen(self._strata, features, _N_STRATA)
-        return Chosen(*(column[np.lexsort((chosen.record, chosen.feature))] for column in chosen))
+        return chosen.take(np.lexsort((chosen.record, chosen.feature)))
 
     def zero(self, features: slice) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Features and contexts of the zero group."""
@@ -191,7 +207,7 @@ class ExamplePool:
         return Chosen(
             row // cells_per_feature + features.start,
             kept.context[record],
-            kept.position[record],
+            kept.position[record].astype(np.int64),
             kept.value[record],
             record,
         )

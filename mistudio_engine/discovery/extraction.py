@@ -18,7 +18,7 @@ import shutil
 import time
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,9 +27,9 @@ import torch
 from numpy.typing import NDArray
 
 from mistudio_engine.api.errors import BadInput, Conflict, DiskFull, EmptyData
-from mistudio_engine.api.events import Signal
+from mistudio_engine.api.events import Progress, Signal
 from mistudio_engine.discovery.activation_block import Block, rank_in_run, sparse_acts
-from mistudio_engine.discovery.examples import Chosen, ExamplePool
+from mistudio_engine.discovery.examples import Chosen, ExamplePool, joined
 from mistudio_engine.discovery.extraction_store import (
     CONTEXTS_FILE,
     DENSE_ABOVE,
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from mistudio_engine.models.tokens import PackedTokens
     from mistudio_engine.saes.base import SAE
 
-__all__ = ["ExtractProgress", "extract", "load_extraction", "working_bytes"]
+__all__ = ["extract", "load_extraction", "working_bytes"]
 
 _STEP_FLOPS_CPU, _STEP_FLOPS_GPU = 5e9, 2e12
 """Arithmetic in one step: about a tenth of a second on two cores, or on a data-centre GPU."""
@@ -63,21 +63,6 @@ _FEATURES_PER_PART = 128
 
 _PASS_SHARE = 0.9
 """Share of the work that is the pass; the rest is writing."""
-
-
-class ExtractProgress(NamedTuple):
-    """One step of an extraction."""
-
-    stage: str
-    """"reading tokens" or "writing features"."""
-
-    fraction: float
-    n_tokens: int
-    """Tokens looked at so far."""
-
-    tokens_per_second: float
-    eta_seconds: float | None
-    """None in the first step."""
 
 
 def extract(
@@ -99,10 +84,11 @@ def extract(
     exclude_special: bool = True,
     seed: int = 0,
     provenance: dict[str, Any] | None = None,
-) -> Generator[ExtractProgress, Signal | None, ExtractionStore]:
+) -> Generator[Progress, Signal | None, ExtractionStore]:
     """Extract all features; a generator of small steps that returns the opened extraction.
 
     Send it `Signal.STOP` to finish early with the tokens seen so far; close it to cancel, which leaves nothing behind.
+    There are no checkpoints: a run that was interrupted starts again.
 
     Args:
         lm: the language model.
@@ -145,9 +131,7 @@ def extract(
     totals = _Totals(
         len(selection),
         lm.d_vocab,
-        ExamplePool(
-            len(selection), n_top=n_examples, n_stratified=n_per_quantile, n_random=n_random, n_zero=n_zero
-        ),
+        ExamplePool(len(selection), n_top=n_examples, n_stratified=n_per_quantile, n_random=n_random, n_zero=n_zero),
     )
 
     clock = _Clock()
@@ -213,7 +197,9 @@ def extract(
         _sync(folder.parent)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFull.of("Writing the extraction", _disk_bytes(part), shutil.disk_usage(part.parent).free) from error
+            raise DiskFull.of(
+                "Writing the extraction", _disk_bytes(part), shutil.disk_usage(part.parent).free
+            ) from error
         raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -381,12 +367,12 @@ class _Writer:
         none = np.full(n_zero, -1)
         zero = Chosen(zero_feature, zero_context, middle, np.zeros(n_zero, dtype=np.float32), none)
         groups = (pool.top(features), quantile, pool.random(features), zero)
-        chosen = Chosen(*(np.concatenate(column) for column in zip(*groups, strict=True)))
+        chosen = joined(groups)
         code = np.repeat(np.arange(4), [len(group.feature) for group in groups])
         which = np.full(len(code), -1)
         which[code == 1] = part
         order = np.lexsort((np.arange(len(code)), code, chosen.feature))
-        chosen, code, which = Chosen(*(column[order] for column in chosen)), code[order], which[order]
+        chosen, code, which = chosen.take(order), code[order], which[order]
 
         offsets, positions, values = pool.activations(chosen.record)
         table = pa.table(
@@ -412,9 +398,9 @@ class _Writer:
         share = chosen.value.astype(np.float64) / self.totals.max[chosen.feature]
         part = np.minimum((share * self.n_quantiles).astype(np.int64), self.n_quantiles - 1)
         order = np.lexsort((chosen.record, -part, chosen.feature))
-        chosen, part = Chosen(*(column[order] for column in chosen)), part[order]
+        chosen, part = chosen.take(order), part[order]
         first = rank_in_run(chosen.feature * self.n_quantiles + part) < self.n_per_quantile
-        return Chosen(*(column[first] for column in chosen)), part[first]
+        return chosen.take(first), part[first]
 
     def _contexts(self, contexts: NDArray[np.int64]) -> None:
         ids = self.tokens.ids[torch.from_numpy(contexts)].numpy()
@@ -435,10 +421,10 @@ class _Clock:
     def __init__(self) -> None:
         self._began = time.monotonic()
 
-    def progress(self, stage: str, fraction: float, n_tokens: int) -> ExtractProgress:
+    def progress(self, stage: str, fraction: float, n_tokens: int) -> Progress:
         seconds = max(time.monotonic() - self._began, 1e-9)
         eta = seconds * (1 - fraction) / fraction if fraction else None
-        return ExtractProgress(stage, fraction, n_tokens, n_tokens / seconds, eta)
+        return Progress(fraction=fraction, stage=stage, rate=n_tokens / seconds, unit="tokens", eta_seconds=eta)
 
 
 def _lists(offsets: NDArray, values: NDArray) -> pa.ListArray:

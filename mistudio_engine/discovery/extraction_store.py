@@ -140,7 +140,7 @@ class Example:
     """Number of the packed context."""
 
     position: int
-    """Position of the prime token **in the context**: where the feature is strongest (in a zero example, the middle)."""
+    """Position of the prime token **in the context**: where the feature is strongest; in a zero example, the middle."""
 
     value: float
     """Activation at the prime token; 0 in a zero example."""

@@ -55,7 +55,7 @@ class FeaturesOnText(NamedTuple):
     """(n_tokens,) as a person reads them."""
 
     features: list[FeatureOnText]
-    """By falling maximum; with a contrast text by falling difference, those that the contrast has more of at the end."""
+    """By falling maximum; with a contrast text by falling difference, so what the contrast has more of comes last."""
 
     n_active: int
     """Features that fire on the text at all, those hidden included."""

@@ -1,8 +1,8 @@
 """On which tokens each feature fires: count, mean and maximum for every (feature, token) that occurs.
 
-A sparse table, sorted by feature and token, that takes blocks in and merges them now and then. Its size is bounded: past
-the capacity the rarest tokens of the crowded features are dropped, and the largest count that may be missing is kept
-and reported, so a count is exact or says how far off it can be. It does not know what a token looks like.
+A sparse table, sorted by feature and token, that takes blocks in and merges them now and then. Its size is bounded:
+past the capacity the rarest tokens of the crowded features are dropped, and the largest count that may be missing is
+kept and reported, so a count is exact or says how far off it can be. It does not know what a token looks like.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class TokenTable(NamedTuple):
         """Mean activation where active."""
         return self.sum / self.count
 
-    def rows(self, keep: NDArray) -> TokenTable:
+    def rows(self, keep: NDArray | slice) -> TokenTable:
         """These rows only."""
-        return TokenTable(*(column[keep] for column in self))
+        return TokenTable(self.feature[keep], self.token_id[keep], self.count[keep], self.sum[keep], self.max[keep])
 
 
 class TopTokens:

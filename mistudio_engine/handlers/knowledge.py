@@ -146,7 +146,7 @@ class Knowledge:
         """Activations above zero in linear bins."""
         found = self.extraction.histogram(index, bins)
         return Histogram(
-            bin_edges=[float(edge) for edge in found.bin_edges], counts=[int(count) for count in found.counts]
+            bin_edges=[float(edge) for edge in found.edges], counts=[int(count) for count in found.counts]
         )
 
     def logit_tokens(self, index: int, k: int) -> tuple[list[LogitToken], list[LogitToken]] | None:

@@ -69,11 +69,10 @@ def check_precision(precision: Precision, device: str) -> None:
     Raises:
         Unsupported: it cannot, or the device is not there; the message has what is supported.
     """
-    kind = device.split(":")[0]
-    here = {"cpu"} | ({"cuda"} if torch.cuda.is_available() else set())
-    here |= {"mps"} if torch.backends.mps.is_available() else set()
-    if kind not in here:
-        raise Unsupported(f"There is no device {device!r} here.", fix=f"Use one of: {', '.join(sorted(here))}.")
+    here = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    here += ["mps"] if torch.backends.mps.is_available() else []
+    if device not in here and not (device == "cuda" and "cuda:0" in here):
+        raise Unsupported(f"There is no device {device!r} here.", fix=f"Use one of: {', '.join(here)}.")
     supported = supported_precisions(device)
     if precision not in supported:
         reason = "8-bit and 4-bit weights need CUDA." if precision in _QUANTISED else ""
@@ -199,6 +198,11 @@ def causal_config(config: dict[str, Any], name: str) -> Any:
 
 
 def load_tokenizer(folder: Path) -> Any:
+    """A model folder's tokenizer.
+
+    Raises:
+        CorruptFile: its files are missing or cannot be read.
+    """
     rules = [p for p in ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model") if (folder / p).is_file()]
     if not rules:
         raise CorruptFile(
@@ -216,6 +220,13 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def load_weights(folder: Path, config: Any, precision: Precision, device: str) -> Any:
+    """The model of a folder whose files `check_weights` found whole, on a device and in a precision that go together.
+
+    Raises:
+        CorruptFile: tensors that the config asks for are missing, have another shape, or are more than it asks for.
+        Unsupported: it needs a package that is not installed.
+        torch.OutOfMemoryError: it does not fit; the caller knows what could be unloaded.
+    """
     options: dict[str, Any] = {"device_map": device} if precision in _QUANTISED else {}
     if precision == "int8":
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)

@@ -7,9 +7,7 @@ UTF-8 is repaired and counted, never dropped and never fatal.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-import tempfile
 from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
@@ -17,11 +15,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-import yaml
-from huggingface_hub.repocard import metadata_load
 
 from mistudio_engine.api.errors import BadInput, CorruptFile, EmptyData, NotFound
-from mistudio_engine.models.readers import ArrowReader, Reader, reader_for
+from mistudio_engine.models.dataset_source import open_readers
+from mistudio_engine.models.readers import Reader
 from mistudio_engine.models.vocabulary import token_strings
 
 if TYPE_CHECKING:
@@ -91,8 +88,8 @@ class Sample(NamedTuple):
 
 def read_documents(
     source: Path, *, text_field: str | None = None, split: str | None = None, config: str | None = None
-) -> Iterator[str]:
-    """A dataset's documents, one by one, as a `Documents`, which counts what it repairs.
+) -> Documents:
+    """A dataset's documents, one by one; the iterator counts what it repairs and passes over.
 
     Args:
         source: a .txt, .jsonl, .json, .csv, .tsv or .parquet file, a folder that `datasets` saved, or a folder of data
@@ -108,7 +105,7 @@ def read_documents(
         CorruptFile: a file is torn, now or at the document where it is.
         EmptyData: there is no text in it.
     """
-    readers = _readers(Path(source), split, config)
+    readers = open_readers(Path(source), split=split, config=config)
     field = _find_text_field(readers, text_field, Path(source).name)
     if next(Documents(readers, field), None) is None:
         raise EmptyData(f"Column {field!r} of {Path(source).name!r} is empty.", fix="Choose another column or file.")
@@ -120,7 +117,7 @@ def find_text_field(
 ) -> str:
     """The column that holds the text: the one asked for, else one called text, content, …, else the one with the
     longest strings in the first rows; raises as `read_documents`."""
-    return _find_text_field(_readers(Path(source), split, config), text_field, Path(source).name)
+    return _find_text_field(open_readers(Path(source), split=split, config=config), text_field, Path(source).name)
 
 
 def n_documents(source: Path, **which: Any) -> int:
@@ -139,7 +136,6 @@ def sample(source: Path, offset: int = 0, limit: int = 20, **which: Any) -> Samp
     documents = read_documents(source, **which)
     page = list(islice(documents, offset, offset + limit + 1))
     next_offset = offset + limit if len(page) > limit else None
-    assert isinstance(documents, Documents)
     return Sample(page[:limit], offset, next_offset, documents.text_field)
 
 
@@ -202,104 +198,6 @@ def content_hash(source: Path) -> str:
 def _file_hash(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _readers(source: Path, split: str | None, config: str | None) -> list[Reader]:
-    if not source.exists():
-        raise NotFound(f"There is no file or folder {str(source)!r}.", fix="Check the path.")
-    if source.is_file():
-        return [reader_for(source)]
-    if (source / "dataset_dict.json").is_file() or (source / "state.json").is_file():
-        return [ArrowReader(_saved(source, split))]
-    return [reader_for(path) for path in _data_files(source, split, config)]
-
-
-def _saved(source: Path, split: str | None) -> Any:
-    """A folder written by `save_to_disk`."""
-    from datasets import DatasetDict, load_from_disk
-
-    try:
-        saved = load_from_disk(str(source))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CorruptFile(f"{source.name!r} is no whole `datasets` folder: {error}.", fix="Save it again.") from error
-    chosen = (
-        saved[_choose_split([str(name) for name in saved], split, source)] if isinstance(saved, DatasetDict) else saved
-    )
-    _check_inside(source, [file["filename"] for file in chosen.cache_files])
-    return chosen
-
-
-def _data_files(source: Path, split: str | None, config: str | None) -> list[Path]:
-    """The data files of a split, as `datasets` finds them from the README and the file names of a hub folder.
-
-    Only its search is used: reading through it would copy the data into its cache and stop at the first bad byte.
-    """
-    from datasets import load_dataset_builder
-    from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
-
-    _check_card(source)
-    try:
-        with tempfile.TemporaryDirectory() as cache:
-            builder = load_dataset_builder(str(source), config, cache_dir=cache)
-    except (DataFilesNotFoundError, DatasetNotFoundError, FileNotFoundError) as error:
-        raise EmptyData(f"There are no data files in {source.name!r}.", fix="Give a folder that has some.") from error
-    except (ValueError, RuntimeError, TypeError, KeyError) as error:
-        raise BadInput(f"The folder {source.name!r} cannot be read as a dataset: {error}.") from error
-    found: dict[str, Any] = {str(name): files for name, files in (builder.config.data_files or {}).items()}
-    files = [str(path) for path in found[_choose_split(list(found), split, source)]]
-    _check_inside(source, files)
-    return [Path(path) for path in files]
-
-
-def _check_card(source: Path) -> None:
-    """A dataset's README names its files by pattern, and `datasets` follows it anywhere: to other folders, to the network.
-
-    Raises:
-        CorruptFile: its header is not YAML.
-        BadInput: a pattern leads out of the folder.
-    """
-    if (source / ".huggingface.yaml").exists():
-        raise BadInput(
-            f"{source.name!r} has a .huggingface.yaml, which is not read.", fix="Give its data files one by one."
-        )
-    card = source / "README.md"
-    try:
-        header = (metadata_load(card) if card.is_file() else None) or {}
-    except (yaml.YAMLError, ValueError) as error:
-        raise CorruptFile(f"The header of README.md in {source.name!r} is not YAML: {error}.") from error
-    for text in _strings(header.get("configs")):
-        if "://" in text or Path(text).is_absolute() or ".." in Path(text).parts:
-            raise BadInput(
-                f"README.md in {source.name!r} points to {text!r}, outside the dataset.",
-                fix="Use files inside the folder; bring in other data as a dataset of its own.",
-            )
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _strings(item)
-
-
-def _check_inside(source: Path, files: list[str]) -> None:
-    root = os.path.abspath(source)
-    for file in files:
-        if os.path.commonpath([root, os.path.abspath(file)]) != root:
-            raise BadInput(
-                f"{source.name!r} points to {file!r}, outside the dataset.", fix="Use files inside the folder."
-            )
-
-
-def _choose_split(splits: list[str], split: str | None, source: Path) -> str:
-    if not splits:
-        raise EmptyData(f"There are no splits in {source.name!r}.", fix="Give a folder that has data files.")
-    if split is None:
-        return "train" if "train" in splits else splits[0]
-    if split not in splits:
-        raise BadInput(f"{source.name!r} has no split {split!r}.", fix=f"Use one of: {', '.join(splits)}.")
-    return split
 
 
 def _find_text_field(readers: list[Reader], text_field: str | None, name: str) -> str:

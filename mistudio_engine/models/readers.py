@@ -86,8 +86,8 @@ class JSONLinesReader:
 
 
 class JSONReader:
-    """One JSON document, read whole: a list of rows, an object with one such list, or one row. Files of JSON lines
-    that are called .json are read as such."""
+    """One JSON document, read whole: a list of rows, an object with one list of objects, or one row. JSON lines in a
+    file that is called .json are read as such."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -100,8 +100,12 @@ class JSONReader:
             yield from JSONLinesReader(self.path).rows(column)
             return
         if isinstance(data, dict):
-            lists = [value for value in data.values() if isinstance(value, list)]
-            data = lists[0] if len(lists) == 1 and isinstance(lists[0][:1], list) and lists[0] else [data]
+            tables = [
+                value
+                for value in data.values()
+                if isinstance(value, list) and isinstance(next(iter(value), None), dict)
+            ]
+            data = tables[0] if len(tables) == 1 else [data]
         try:
             yield from (_json_row(value) for value in (data if isinstance(data, list) else [data]))
         except ValueError as error:

@@ -93,10 +93,15 @@ class Ending(NamedTuple):
 
 
 class Host(Protocol):
-    """Who runs attempts. The first two are called within the transaction that changes the job's state."""
+    """Who runs attempts. `begin` and `end` are called within the transaction that changes the job's state."""
 
-    def begin(self, attempt: Attempt) -> bool:
-        """May it take up its job now?"""
+    @property
+    def closing(self) -> bool:
+        """Is nothing to be begun any more?"""
+        ...
+
+    def begin(self, attempt: Attempt) -> None:
+        """It takes up its job."""
         ...
 
     def end(self, attempt: Attempt, ending: Ending) -> None:
@@ -172,13 +177,16 @@ class Attempt:
 
     def _claim(self) -> Job | None:
         with self._book.store.transaction():
-            if not self._host.begin(self):
+            if self._host.closing:
                 return None
-            if self._book.asked(self.slug) == "stop":  # before the engine died
-                self._order = Order.STOP
-            job = self._book.store.get(Job, self.slug)
-            changes = {"started_at": job.started_at or time.time(), "message": "", "error": None}
-            return self._book.move(self.slug, JobState.RUNNING, since=[JobState.QUEUED], **changes)
+            started_at = self._book.store.get(Job, self.slug).started_at or time.time()
+            changes = {"started_at": started_at, "message": "", "error": None}
+            job = self._book.move(self.slug, JobState.RUNNING, since=[JobState.QUEUED], **changes)
+            if job is not None:
+                self._host.begin(self)
+                if self._book.asked(self.slug) == "stop":  # before the engine died
+                    self._order = Order.STOP
+            return job
 
     def _until_the_end(self, job: Job) -> Generator[None, Any, Ending]:
         if self.resumes != "checkpoint":

@@ -371,7 +371,8 @@ class FeatureIndex:
 
 
 def _merge(table: Table, data: pa.Table) -> None:
-    table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().execute(data)
+    merge = table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
+    merge.execute(data, on_bad_vectors="null")  # ours are checked; a missing one is null, and LanceDB calls that bad
 
 
 class _Unmerged:

@@ -15,7 +15,7 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from mistudio_engine.runtime.io_lane import IOLane
 from mistudio_engine.runtime.job_book import JobBook, arguments_of
 from mistudio_engine.runtime.job_states import ACTIVE_STATES, check_action
 from mistudio_engine.runtime.store import Store
+from mistudio_engine.runtime.task import Task
 
 __all__ = ["JobContext", "Jobs", "Runner"]
 
@@ -133,13 +134,13 @@ class Jobs:
             self._store.after_commit(lambda: self._enqueue(job))
         return job
 
-    def _enqueue(self, job: Job) -> None:
+    def _enqueue(self, job: Job) -> Task[None] | None:
         """Hands a queued job to its lane. Twice is harmless: of two attempts the first takes the job up."""
         if self._closing:
-            return  # it stays queued, for the next engine
+            return None  # it stays queued, for the next engine
         runner = self._runners[job.operation]
         attempt = Attempt(self, self._book, job.slug, runner, self._folder / job.slug, self._bus.publish)
-        steps: Generator[None, Any, None] = attempt.steps()
+        steps = attempt.steps()
         if runner.lane == "compute":
             task = self._compute.heavy(steps, priority=job.priority, name=job.slug)
         elif runner.lane == "interactive":
@@ -147,15 +148,16 @@ class Jobs:
         else:
             task = self._io.submit(steps, priority=job.priority, name=job.slug)
         task.future.add_done_callback(_log_fault)
+        return task
 
-    def begin(self, attempt: Attempt) -> bool:
+    @property
+    def closing(self) -> bool:
+        """Is the queue shutting down? (See `attempt.Host`.)"""
+        return self._closing
+
+    def begin(self, attempt: Attempt) -> None:
         """An attempt takes up its job (see `attempt.Host`)."""
-        if self._closing or attempt.slug in self._live:
-            return False
-        if self._store.get(Job, attempt.slug).state != JobState.QUEUED:
-            return False
         self._store.after_commit(lambda: self._live.update({attempt.slug: attempt}))
-        return True
 
     def end(self, attempt: Attempt, ending: Ending) -> None:
         """An attempt lays its job down (see `attempt.Host`)."""

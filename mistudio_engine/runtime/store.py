@@ -66,7 +66,7 @@ class Store:
         self._lock = threading.RLock()
         self._owner: int | None = None  # the thread inside `transaction`
         self._idle: deque[sqlite3.Connection] = deque()
-        self._after: list[Callable[[], None]] = []
+        self._after: list[Callable[[], object]] = []
         self._appended: list[Event] = []
         self._listener: Callable[[list[Event]], None] | None = None
         self._closed = False
@@ -134,7 +134,7 @@ class Store:
             for callback in after:
                 callback()
 
-    def after_commit(self, callback: Callable[[], None]) -> None:
+    def after_commit(self, callback: Callable[[], object]) -> None:
         """Calls `callback` once the writes so far are durable: at the end of the outermost transaction, or now."""
         if self._owner == threading.get_ident():
             self._after.append(callback)
@@ -378,6 +378,12 @@ class Store:
                 [*values, limit],
             ).fetchall()
         return [Event(seq=s, at=a, channel=c, event=e, data=from_json(d)) for s, a, c, e, d in rows]
+
+    def count_events(self, channel: str, name: str) -> int:
+        """How many events of this name a channel has."""
+        with self._reading() as connection:
+            query = "SELECT COUNT(*) FROM events WHERE channel = ? AND event = ?"
+            return connection.execute(query, [channel, name]).fetchone()[0]
 
     def last_seq(self) -> int:
         """Number of the newest event; 0 before the first."""

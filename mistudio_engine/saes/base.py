@@ -2,7 +2,7 @@
 
 A module is stateless: `sae(x)` normalises and un-normalises in one call, and `decode(f, like=x)` takes the input again
 where undoing the norm needs it. It is used for running and for training alike. It does not know its architecture's
-activation (one file each beside this), files (saelens.py, native.py), or language models: activations come in as tensors.
+activation (one file each beside this), files (saelens.py, native.py) or language models: activations come as tensors.
 """
 
 from __future__ import annotations
@@ -155,7 +155,8 @@ class SAE(nn.Module, ABC):
             case "layer_norm":
                 mean = x.mean(dim=-1, keepdim=True)
                 centred = x - mean
-                std = centred.std(dim=-1, keepdim=True)  # unbiased, as in SAELens
+                # The unbiased standard deviation, as in SAELens; std() itself warns about an empty batch.
+                std = centred.norm(dim=-1, keepdim=True) / max(1, self.cfg.d_in - 1) ** 0.5
                 return centred / (std + _LAYER_NORM_EPS), Norm(mean, std)
             case "constant_norm_rescale":
                 scale = x.norm(dim=-1, keepdim=True) / self.cfg.d_in**0.5

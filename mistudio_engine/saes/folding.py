@@ -22,7 +22,7 @@ def fold_input_scale(sae: SAE, scale: float) -> None:
     """Make an SAE for x·scale one for x: W_enc·s, W_dec/s, b_dec/s; b_enc and thresholds stay, and so do activations.
 
     Raises:
-        Unsupported: a transcoder, whose output has a scale of its own; or a run-time norm, which leaves nothing to fold.
+        Unsupported: a transcoder, whose output has a scale of its own; a run-time norm, which leaves nothing to fold.
     """
     if not sae.undoes_norm or sae.cfg.normalize_activations in ("layer_norm", "constant_norm_rescale"):
         raise Unsupported(f"There is no input scale to fold into this {sae.cfg.architecture} SAE.")

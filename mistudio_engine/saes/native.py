@@ -1,7 +1,7 @@
 """miStudio's own folder: `config.json`, `model.safetensors`, perhaps `training_metadata.json` and the sparsity file.
 
-The config is ours field by field and carries a mark, so that a language model's folder, which has the same two names, is
-never taken for it. Weights are oriented as everywhere here: a feature is a row of W_dec.
+The config is ours field by field and carries a mark, so that a language model's folder, which has the same two names,
+is never taken for it. Weights are oriented as everywhere here: a feature is a row of W_dec.
 """
 
 from __future__ import annotations

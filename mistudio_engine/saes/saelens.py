@@ -56,6 +56,31 @@ _LEGACY_METADATA = (
 )
 """What SAELens keeps of a config from before version 6, where these stood at the top level."""
 
+_COMMON_KEYS = (
+    "architecture",
+    "d_in",
+    "d_sae",
+    "dtype",
+    "apply_b_dec_to_input",
+    "normalize_activations",
+    "reshape_activations",
+)
+"""Keys that every architecture has, device and metadata aside."""
+
+_OWN_KEYS = {
+    "topk": ("k", "rescale_acts_by_decoder_norm"),
+    "transcoder": ("d_out",),
+    "skip_transcoder": ("d_out",),
+}
+"""Keys that one architecture alone has."""
+
+_RENAMED = {
+    "hook_point": "hook_name",
+    "hook_point_head_index": "hook_head_index",
+    "activation_fn_str": "activation_fn",
+}
+"""Names of before version 6, and what they became."""
+
 _DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -143,7 +168,7 @@ def dump_json(data: dict[str, Any]) -> str:
 def _config(values: dict[str, Any], header: Header, notes: list[str]) -> SAEConfig:
     """Check what both generations of cfg.json share."""
     architecture = values.get("architecture")
-    if architecture not in ARCHITECTURES:
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise Unsupported(
             f"{CFG_FILE} says architecture {architecture!r}, which miStudio cannot run.",
             why=f"It runs {', '.join(ARCHITECTURES)}.",
@@ -156,13 +181,13 @@ def _config(values: dict[str, Any], header: Header, notes: list[str]) -> SAEConf
         )
     if architecture == "jumprelu" and "apply_b_dec_to_input" not in values:
         notes.append(
-            "The config does not say whether b_dec is subtracted from the input; as in SAELens, it is. Gemma Scope's SAEs "
-            "do not subtract it: if reconstructions are poor, set apply_b_dec_to_input to false."
+            "The config does not say whether b_dec is subtracted from the input; as in SAELens, it is. Gemma Scope's "
+            "SAEs do not subtract it: if reconstructions are poor, set apply_b_dec_to_input to false."
         )
     if values.get("normalize_activations") in ("expected_average_only_in", "covariance_whitening"):
         notes.append(
-            f"normalize_activations is {values['normalize_activations']}, which does nothing when an SAE runs: the scale has "
-            "to be in the weights already. If it is not, reconstructions are poor and the scale is in no file."
+            f"normalize_activations is {values['normalize_activations']}, which does nothing when an SAE runs: the "
+            "scale has to be in the weights already. If it is not, reconstructions are poor, and no file has the scale."
         )
     if values.get("dtype") is None:
         values["dtype"] = _DTYPE_NAMES.get(header.tensors["W_enc"].dtype if "W_enc" in header.tensors else "F32")
@@ -189,12 +214,7 @@ def _modern(raw: dict[str, Any]) -> dict[str, Any]:
 
 def _from_before_6(raw: dict[str, Any], notes: list[str]) -> dict[str, Any]:
     """Our config's values from a cfg.json of versions 3 to 5, or from one that does not say its version."""
-    renamed = {
-        "hook_point": "hook_name",
-        "hook_point_head_index": "hook_head_index",
-        "activation_fn_str": "activation_fn",
-    }
-    old = {renamed.get(key, key): value for key, value in raw.items()}
+    old = {_RENAMED.get(key, key): value for key, value in raw.items()}
     old.setdefault("architecture", "standard")
     old.setdefault("prepend_bos", True)
     activation = old.get("activation_fn", "relu")
@@ -216,27 +236,16 @@ def _from_before_6(raw: dict[str, Any], notes: list[str]) -> dict[str, Any]:
     if isinstance(nested, dict) and nested:
         metadata = {**nested, **metadata}
         notes.append(
-            "The config does not say which version of SAELens wrote it, so it was read as an old one; unlike SAELens, its "
-            "metadata was kept."
+            "The config does not say which version of SAELens wrote it, so it was read as an old one; its metadata was "
+            "kept, which SAELens would drop."
         )
     return _values(old, metadata)
 
 
 def _values(top: dict[str, Any], metadata: dict[str, Any]) -> dict[str, Any]:
-    """Top-level keys of the architecture's config, and metadata split into fields and the rest. Other keys are ignored."""
-    ours = ARCHITECTURES.get(str(top.get("architecture")))
-    names = {
-        "architecture",
-        "d_in",
-        "d_sae",
-        "dtype",
-        "apply_b_dec_to_input",
-        "normalize_activations",
-        "reshape_activations",
-    }
-    names |= {"k", "rescale_acts_by_decoder_norm"} if top.get("architecture") == "topk" else set()
-    names |= {"d_out"} if ours is not None and not ours.undoes_norm else set()
-    values = {name: top[name] for name in names if name in top and (top[name] is not None or name == "k")}
+    """Top-level keys that the architecture has, and metadata split into fields and the rest; others are ignored."""
+    names = {*_COMMON_KEYS, *_OWN_KEYS.get(str(top.get("architecture")), ())}
+    values = {name: top[name] for name in names if top.get(name) is not None}
     values |= {name: metadata[name] for name in _METADATA_FIELDS if metadata.get(name) is not None}
     values["metadata"] = {
         name: value

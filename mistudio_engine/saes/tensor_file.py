@@ -101,7 +101,7 @@ def read_header(path: Path) -> Header:
             dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         except (KeyError, TypeError, ValueError) as error:
             raise _corrupt(path, f"the header's entry for {name!r:.80} is incomplete") from error
-        if dtype not in _ITEM_BYTES:
+        if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
             raise _corrupt(path, f"{name!r:.80} has the type {dtype!r:.20}, which is none of {', '.join(_ITEM_BYTES)}")
         if not isinstance(shape, list) or len(shape) > _MAX_DIMENSIONS or not all(_is_size(n) for n in shape):
             raise _corrupt(path, f"{name!r:.80} has the shape {shape!r:.80}")

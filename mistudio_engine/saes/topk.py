@@ -15,7 +15,7 @@ _TINY = 1e-12
 
 
 class TopKSAE(SAE):
-    """feature_acts = relu of the k largest of z·W_enc + b_enc, so fewer than k where those are negative. b_enc (d_sae,).
+    """feature_acts = relu of the k largest of z·W_enc + b_enc: fewer than k where those are negative. b_enc (d_sae,).
 
     With `rescale_acts_by_decoder_norm` the choice is made on p·‖W_dec row‖, which is then the activation, and decoding
     divides by the norm again: the decoder's rows count as if they had norm 1.

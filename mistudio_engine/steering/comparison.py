@@ -18,8 +18,8 @@ from torch import Tensor
 
 from mistudio_engine.api.errors import BadInput
 from mistudio_engine.models.language_model import LanguageModel
+from mistudio_engine.steering.batch import Batch
 from mistudio_engine.steering.generation import (
-    Batch,
     Generation,
     Prompt,
     TokenStep,
@@ -281,8 +281,8 @@ def _logits(
 
     def look(h: Tensor, index: int, it: Intervention) -> Tensor:
         assert it.sae is not None and it.feature is not None
-        wanted = torch.tensor([it.feature], device=h.device)
-        highest[index] = float(it.sae.feature_acts(h[0, -n_new:].to(it.sae.dtype), wanted).max())
+        wanted = torch.tensor([it.feature], device=it.sae.device)
+        highest[index] = float(it.sae.feature_acts(h[0, -n_new:].to(it.sae.device), wanted).max())
         return h
 
     watch = [

@@ -7,25 +7,20 @@ use the model, so hooks are installed within a step only and the random numbers 
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Generator, Sequence
-from contextlib import ExitStack
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
-
-import torch
-from torch import Tensor
-from transformers import DynamicCache
+from numbers import Integral
+from typing import Any, Literal, NamedTuple, cast
 
 from mistudio_engine.api.errors import BadInput, EmptyData
-from mistudio_engine.models.hooks import edit
 from mistudio_engine.models.language_model import LanguageModel
-from mistudio_engine.steering.interventions import Intervention, Window, applied, check
+from mistudio_engine.steering.batch import Batch
+from mistudio_engine.steering.interventions import Intervention, check
 from mistudio_engine.steering.sampling import Sampler, Sampling
 from mistudio_engine.steering.text_stream import TextStream
 
-__all__ = ["Batch", "Generation", "Prompt", "TokenStep", "check_token_ids", "eos_ids", "generate", "prompt_ids"]
+__all__ = ["Generation", "Prompt", "TokenStep", "check_token_ids", "eos_ids", "generate", "prompt_ids"]
 
 FinishReason = Literal["eos", "stop", "length"]
 
@@ -105,7 +100,7 @@ def generate(
         UnknownHook, WrongShape: an intervention does not fit the model or the batch.
     """
     sampling = sampling or Sampling()
-    ids = [prompt_ids(lm, p, bos=bos) for p in ([prompts] if _is_one(prompts) else prompts)]
+    ids = [prompt_ids(lm, prompt, bos=bos) for prompt in _listed(prompts)]
     if not ids:
         raise EmptyData("There is no prompt to continue.", fix="Give at least one prompt.")
     check(lm, interventions, len(ids))
@@ -126,7 +121,7 @@ def prompt_ids(lm: LanguageModel, prompt: Prompt, *, bos: bool = True) -> list[i
         EmptyData: there are none.
         BadInput: an id outside the vocabulary, or more tokens than the model's context holds.
     """
-    ids = lm.encode(prompt, bos=bos) if isinstance(prompt, str) else list(prompt)
+    ids = lm.encode(prompt, bos=bos) if isinstance(prompt, str) else [int(token_id) for token_id in prompt]
     if not ids:
         raise EmptyData("A prompt has no tokens.", fix="Give text, or let it begin with BOS (bos=True).")
     if len(ids) > lm.n_ctx:
@@ -156,71 +151,9 @@ def eos_ids(lm: LanguageModel) -> frozenset[int]:
     return frozenset([found] if isinstance(found, int) else found or ())
 
 
-def _is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
-    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
-
-
-class Batch:
-    """Left-padded rows of tokens and the keys and values that the model keeps of them.
-
-    Args:
-        rows: each row's tokens.
-        cache: whether keys and values are kept.
-    """
-
-    def __init__(self, lm: LanguageModel, rows: Sequence[Sequence[int]], *, cache: bool = True) -> None:
-        self._lm = lm
-        self.prompt_width = max(len(row) for row in rows)
-        # A row is padded with its own first token: the mask hides it, and a repetition penalty learns nothing from it.
-        self.tokens = torch.tensor([[row[0]] * (self.prompt_width - len(row)) + list(row) for row in rows])
-        n_padding = torch.tensor([[self.prompt_width - len(row)] for row in rows])
-        self.real = torch.arange(self.prompt_width) >= n_padding  # (rows, columns)
-        self._past = DynamicCache(config=lm.hf.config) if cache else None
-        self._n_read = 0
-        self._accepts = inspect.signature(lm.hf.forward).parameters.keys()
-
-    @torch.inference_mode()
-    def read(
-        self,
-        until: int,
-        interventions: Sequence[Intervention] = (),
-        *,
-        keep: int = 1,
-        watch: Sequence[tuple[str, Callable[[Tensor], Tensor]]] = (),
-    ) -> Tensor:
-        """Run the model over the columns not read yet, up to `until`.
-
-        Args:
-            keep: for how many of the last columns logits are wanted.
-            watch: hook points and edits that see what the interventions made of the activation.
-
-        Returns:
-            Logits in fp32, (rows, keep, d_vocab).
-        """
-        start = self._n_read if self._past is not None else 0
-        device = self._lm.device
-        real = self.real[:, :until]
-        arguments: dict[str, Any] = {
-            "input_ids": self.tokens[:, start:until].to(device),
-            "attention_mask": real.long().to(device),
-            # Counted over real tokens, so that padding moves nothing: a learned position is looked up by it.
-            "position_ids": (real.long().cumsum(1) - 1).clamp(min=0)[:, start:].to(device),
-            "use_cache": self._past is not None,
-            "past_key_values": self._past,
-            "logits_to_keep": keep,
-        }
-        window = Window(start, self.prompt_width, self.real)
-        with applied(self._lm, interventions, window), ExitStack() as watched:
-            for hook_name, look in watch:
-                watched.enter_context(edit(self._lm, hook_name, look))
-            logits = self._lm.hf(**{k: v for k, v in arguments.items() if k in self._accepts}).logits
-        self._n_read = until
-        return logits[:, -keep:].float()
-
-    def append(self, token_ids: Tensor) -> None:
-        """More tokens after the prompt's, (rows, n)."""
-        self.tokens = torch.cat([self.tokens, token_ids.cpu()], dim=1)
-        self.real = torch.cat([self.real, torch.ones(token_ids.shape, dtype=torch.bool)], dim=1)
+def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    is_one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Integral))
+    return [cast(Prompt, prompts)] if is_one else list(cast("Sequence[Prompt]", prompts))
 
 
 def _generate(

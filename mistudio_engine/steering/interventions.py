@@ -187,9 +187,9 @@ def _written(h: Tensor, it: Intervention) -> Tensor:
     """What the feature adds to the SAE's reconstruction of h: f·W_dec, un-normalised as its decoder does. h's shape."""
     sae, feature = it.sae, it.feature
     assert sae is not None and feature is not None
-    z, norm = sae.normalize(h)
+    z, norm = sae.normalize(h.to(sae.device))
     feature_acts, _ = sae.encode_normalized(z, torch.tensor([feature], device=z.device))  # (rows, n_tokens, 1)
-    return (feature_acts * norm.scale).to(h.dtype) * _decoder_row(sae, feature).to(h.dtype)
+    return (feature_acts.float() * norm.scale * _decoder_row(sae, feature)).to(h)
 
 
 def _along(h: Tensor, it: Intervention) -> tuple[Tensor, Tensor]:

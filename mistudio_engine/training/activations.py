@@ -2,7 +2,7 @@
 
 One preallocated buffer is filled by forward passes over whole contexts, then read through a permutation of its rows,
 and never copied. All of it follows from (seed, refill, batch), so those three numbers are the state: a stream that is
-restored computes the same buffer again and goes on with the same batches, bit for bit. It does not know what is trained.
+restored computes the same buffer again and goes on with the same batches, bit for bit. It does not know who trains.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class ActivationStream:
 
     @property
     def buffer(self) -> Tensor:
-        """The activations of this refill, unshuffled, (n, d_in); empty before the first batch. Read it, do not write."""
+        """This refill's activations, unshuffled, (n, d_in); empty before the first batch. Read it, do not write."""
         return self._buffer[: self._n_filled]
 
     def batches(self) -> Iterator[Tensor | None]:

@@ -1,7 +1,7 @@
 """An SAE against the model it was made for: reconstruction and sparsity on real text, and what splicing it in costs.
 
-Works for any SAE, trained here or not. The formulas are in metrics.py; this file runs the model, adds up and divides. It
-does not know what is done with the result.
+Works for any SAE, trained here or not. The formulas are in metrics.py; this file runs the model, adds up and divides.
+It does not know what is done with the result.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def evaluate(
     """Measure an SAE on the first contexts of a tokenisation.
 
     The model runs over each batch three times: clean; with the SAE's output in place of the activations; with zeros in
-    their place. BOS, EOS, other special tokens and padding keep their activations and are left out of every average; the
-    loss is counted where both the token and the one it predicts are text.
+    their place. BOS, EOS, other special tokens and padding keep their activations and are left out of every average;
+    the loss is counted where both the token and the one it predicts are text.
 
     Args:
         lm: the model.
@@ -114,7 +114,9 @@ class _Totals:
             part = slice(at, at + _SAE_TOKENS)
             feature_acts = sae.encode(inputs[part])
             # The skip path of a transcoder is in the forward pass only.
-            sae_out = sae(inputs[part]) if "W_skip" in sae.cfg.tensor_shapes() else sae.decode(feature_acts, inputs[part])
+            sae_out = (
+                sae(inputs[part]) if "W_skip" in sae.cfg.tensor_shapes() else sae.decode(feature_acts, inputs[part])
+            )
             outputs[part] = sae_out.to(targets.dtype)
             n = len(feature_acts)
             self._mean_of("l0", metrics.l0(feature_acts), n)
@@ -141,8 +143,12 @@ class _Totals:
                 why="BOS, EOS and padding are left out.",
                 fix="Choose a tokenisation with longer texts.",
             )
-        means = {name: total / self.n_tokens for name, total in self._sums.items() if not name.startswith(("ce_", "kl_"))}
-        losses = {name: total / self.n_predictions for name, total in self._sums.items() if name.startswith(("ce_", "kl_"))}
+        means = {
+            name: total / self.n_tokens for name, total in self._sums.items() if not name.startswith(("ce_", "kl_"))
+        }
+        losses = {
+            name: total / self.n_predictions for name, total in self._sums.items() if name.startswith(("ce_", "kl_"))
+        }
         fvu = metrics.fvu(torch.tensor(means["mse"]), torch.tensor(means["mean_square"]), self._mean / self.n_tokens)
         density = self._fired / self.n_tokens
         return Evaluation(

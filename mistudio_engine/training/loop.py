@@ -120,7 +120,6 @@ class _Meter:
         return Progress(
             fraction=trainer.n_steps_done / trainer.hp.n_steps,
             stage=stage,
-            message=f"step {trainer.n_steps_done} of {trainer.hp.n_steps}",
             rate=self._rate,
             unit="tokens",
             eta_seconds=left / self._rate if self._rate else None,

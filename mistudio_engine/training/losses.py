@@ -47,7 +47,7 @@ def aux_k(residual: Tensor, recons: Tensor, n_dead: int) -> Tensor:
 
 
 def pre_act_loss(hidden_pre: Tensor, threshold: Tensor, dead: Tensor, decoder_norms: Tensor) -> Tensor:
-    """Mean over tokens of Σ over dead features of relu(θ − p)·n: pulls them up towards firing (Anthropic, January 2025)."""
+    """Mean over tokens of Σ relu(θ − p)·n over dead features: pulls them towards firing (Anthropic, January 2025)."""
     return ((threshold - hidden_pre).relu() * dead * decoder_norms).sum(dim=-1).mean()
 
 

@@ -107,6 +107,6 @@ def ce_loss_score(ce_clean: float, ce_sae: float, ce_zero: float) -> float:
 
 
 def kl_div_score(kl_sae: float, kl_zero: float) -> float:
-    """(KL_zero − KL_sae)/KL_zero: 1 leaves the model's predictions alone, 0 is as bad as zeroing the hook. Where zeroing
-    changes nothing: 1."""
+    """(KL_zero − KL_sae)/KL_zero: 1 leaves the model's predictions alone, 0 is as bad as zeroing the hook. Where
+    zeroing changes nothing: 1."""
     return (kl_zero - kl_sae) / kl_zero if kl_zero else 1.0

@@ -34,8 +34,8 @@ class SparseOutput(NamedTuple):
 def sparse_forward(sae: TopKSAE, z: Tensor) -> SparseOutput:
     """Reconstruct z (batch, d_in), chosen by pre-activation times decoder norm where the config says so.
 
-    The activation p·n is divided by n when it is decoded, so n cancels out of the reconstruction and of its gradient: it
-    only takes part in the choice.
+    The activation p·n is divided by n when it is decoded, so n cancels out of the reconstruction and of its gradient:
+    it only takes part in the choice.
     """
     sae_out, values, indices = _SparseTopK.apply(  # pyright: ignore[reportGeneralTypeIssues]
         z, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, sae.cfg.k,

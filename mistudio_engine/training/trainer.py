@@ -157,7 +157,7 @@ class Trainer:
 
     @torch.no_grad()
     def finished_sae(self, trained_on: dict[str, Any] | None = None) -> SAE:
-        """A copy of the SAE as others can use it: input scale and decoder norms folded, so that decoder rows have norm 1.
+        """A copy of the SAE as others can use it: input scale and decoder norms folded, decoder rows of norm 1.
 
         Args:
             trained_on: fields of its config that say what it was trained on (`ActivationStream.describe`); those that

@@ -22,10 +22,12 @@ from mistudio_engine.models.language_model import LanguageModel
 from mistudio_engine.saes.base import SAE
 from mistudio_engine.saes.standard import StandardSAE
 
+
 @pytest.fixture(autouse=True)
-def one_thread():
+def one_thread_and_a_seed():
     before = torch.get_num_threads()
     torch.set_num_threads(1)
+    torch.manual_seed(0)
     yield
     torch.set_num_threads(before)
 

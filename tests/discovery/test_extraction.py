@@ -330,7 +330,7 @@ def test_progress_grows_to_one_and_says_rate_and_time_left(planted, tmp_path, sm
     fractions = [step.fraction for step in steps]
     assert fractions == sorted(fractions)
     assert fractions[-1] == 1.0
-    assert all(step.tokens_per_second > 0 for step in steps)
+    assert all(step.rate > 0 and step.unit == "tokens" for step in steps)
     assert steps[3].eta_seconds is not None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+
 from mistudio_engine.discovery.activation_block import Block
 from mistudio_engine.discovery.top_tokens import TopTokens, best_tokens
 
@@ -19,7 +20,7 @@ def random_entries(seed, n=4000, n_features=6, d_vocab=300):
     return rng.integers(0, n_features, n), token, rng.gamma(1, 1, n).astype(np.float32)
 
 
-def accumulate(entries, capacity=None, n_blocks=8, monkeypatch=None):
+def accumulate(entries, capacity=None, n_blocks=8):
     table = TopTokens(6, 300, capacity)
     for part in zip(*(np.array_split(column, n_blocks) for column in entries), strict=True):
         table.add(block_of(*part))
@@ -40,7 +41,7 @@ def test_the_table_has_every_pair_with_its_exact_count_and_maximum():
 
 
 def test_a_full_table_stays_bounded_keeps_the_common_tokens_and_bounds_its_error():
-    feature, token, value = entries = random_entries(1)
+    feature, token, _ = entries = random_entries(1)
     tokens = accumulate(entries, capacity=240)
     table = tokens.table()
     assert len(table.feature) <= 240
@@ -54,7 +55,7 @@ def test_a_full_table_stays_bounded_keeps_the_common_tokens_and_bounds_its_error
 
 
 def test_the_best_tokens_are_those_that_lead_in_any_of_the_three_ways():
-    feature, token, value = entries = random_entries(2)
+    entries = random_entries(2)
     table = accumulate(entries).table()
     best = best_tokens(table, 4)
     for f in range(6):

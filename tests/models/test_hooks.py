@@ -235,9 +235,10 @@ def test_no_hook_is_left_when_the_model_itself_fails(llama, ids):
 
 
 def test_an_edit_that_never_fires_is_an_error(llama, ids):
+    before = n_hooks(llama.hf)
     with pytest.raises(Internal, match="never took place"), edit(llama, "blocks.2.hook_resid_post", lambda x: x):
         activations(llama, ids, ["blocks.0.hook_resid_post"])
-    assert n_hooks(llama.hf) == n_hooks(llama.hf)
+    assert n_hooks(llama.hf) == before
 
 
 def test_an_edit_that_never_fired_does_not_hide_another_error(llama):

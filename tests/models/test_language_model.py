@@ -76,10 +76,10 @@ def test_a_precision_that_this_device_lacks_is_refused_with_those_it_has(folder,
     assert supported_precisions("cpu") == ("fp32", "bf16", "fp16")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
-def test_a_device_that_is_not_there_is_refused(folder):
-    with pytest.raises(Unsupported, match="no device 'cuda'"):
-        LanguageModel.load(folder, device="cuda")
+@pytest.mark.parametrize("device", ["cuda:99", "cuda:x", "tpu", ""])
+def test_a_device_that_is_not_there_is_refused_with_those_that_are(folder, device):
+    with pytest.raises(Unsupported, match=f"no device {device!r}.*cpu"):
+        LanguageModel.load(folder, device=device)
 
 
 @pytest.mark.gpu

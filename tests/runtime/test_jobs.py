@@ -171,6 +171,22 @@ def test_one_idempotency_key_starts_one_job_however_many_ask(boot: Boot, puppet:
     assert machine.jobs.submit(Count()).slug == "count-0002"
 
 
+def test_a_job_that_stands_in_the_queue_twice_runs_once(boot: Boot, puppet: Puppet) -> None:
+    machine = boot(lane="io")
+    job = running(machine, puppet)
+    for state in ("running", "pausing"):
+        if state == "pausing":
+            machine.jobs.control(job.slug, "pause")
+        again = machine.jobs._enqueue(machine.jobs.get(job.slug))
+        assert again is not None and again.result(SECONDS) is None
+        assert machine.jobs.get(job.slug).state == state
+    puppet.finish()
+    assert machine.jobs.wait(job.slug, SECONDS).state == "completed"
+    again = machine.jobs._enqueue(job)
+    assert again is not None and again.result(SECONDS) is None
+    assert puppet.started.empty() and puppet.closed.qsize() == 1
+
+
 def test_a_cancelled_waiting_job_never_runs(boot: Boot, puppet: Puppet) -> None:
     machine = boot()
     first = running(machine, puppet)
@@ -575,19 +591,20 @@ def test_waiting_jobs_wait_on_and_paused_ones_stay_paused(boot: Boot, puppet: Pu
 
 def test_what_a_job_was_told_before_the_kill_still_counts(boot: Boot, puppet: Puppet) -> None:
     for action, state in [("cancel", "cancelled"), ("pause", "paused"), ("stop", "queued")]:
-        first = boot()
+        first, later = boot(), Puppet()
         job = running(first, puppet)
         first.jobs.control(job.slug, action)
-        second = boot(after_a_kill_of=first)
+        second = boot(run=later.run, after_a_kill_of=first)
         (found,) = second.jobs.recover()
         assert found.state == state, action
-        puppet.finish()
-        first.jobs.wait(job.slug, SECONDS)
-    assert puppet.started.get(timeout=SECONDS).job.slug == job.slug
-    while not puppet.signals.empty():
-        puppet.signals.get()
-    puppet.step()
-    assert puppet.signals.get(timeout=SECONDS) is Signal.STOP
+        if action == "stop":
+            later.step()
+            assert later.signals.get(timeout=SECONDS) is Signal.STOP
+            later.finish(1)
+            assert second.jobs.wait(job.slug, SECONDS).result == {"n_units": 1}
+        else:
+            second.lane.run(lambda: None)
+            assert later.started.empty()
 
 
 def test_a_job_that_kills_the_engine_again_and_again_is_left_alone(

@@ -116,6 +116,11 @@ def test_readers_wait_for_no_writer_and_see_the_last_commit(store: Store) -> Non
     with store.transaction(), ThreadPoolExecutor(1) as other:
         store.update(ModelRecord, "a", n_layers=9)
         assert other.submit(store.get, ModelRecord, "a").result(10).n_layers == 0
+    with store._reading() as connection, ThreadPoolExecutor(1) as other:
+        before = connection.execute("SELECT body FROM records").fetchall()
+        other.submit(store.update, ModelRecord, "a", n_layers=10).result(10)  # nor does a writer wait for readers
+        assert connection.execute("SELECT body FROM records").fetchall() == before
+    assert store.get(ModelRecord, "a").n_layers == 10
 
 
 def test_acknowledged_writes_survive_kill_9(tmp_path: Path) -> None:

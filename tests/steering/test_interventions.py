@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from steering_runs import GREEDY, PROMPTS, run
 from torch import Tensor
 
 from mistudio_engine.api.errors import BadInput, NotFound, UnknownHook, WrongShape
-from mistudio_engine.models.hooks import activations, edit
+from mistudio_engine.api.sae_config import StandardConfig
+from mistudio_engine.models.hooks import SITES, activations, edit
 from mistudio_engine.models.language_model import LanguageModel
 from mistudio_engine.saes import SAE
-from mistudio_engine.steering.generation import Batch, generate
+from mistudio_engine.saes.standard import StandardSAE
+from mistudio_engine.steering.batch import Batch
+from mistudio_engine.steering.generation import generate
 from mistudio_engine.steering.interventions import METHODS, Intervention, Window, applied, feature_direction
 from mistudio_engine.steering.sampling import Sampling
 
@@ -35,9 +40,7 @@ def steered_activations(lm: LanguageModel, ids: Tensor, interventions, window: W
     return seen[0]
 
 
-@pytest.mark.parametrize(
-    "site", ["hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_mlp_out", "hook_attn_out"]
-)
+@pytest.mark.parametrize("site", SITES)
 def test_strength_zero_is_bit_equal_to_no_intervention(lm: LanguageModel, site: str) -> None:
     if site not in lm.layout.taps:
         pytest.skip(f"the {lm.layout.family.name} family has no {site}")
@@ -263,3 +266,18 @@ def test_a_strength_per_prompt_is_shared_by_its_samples(stories: LanguageModel) 
     plain = run(generate(stories, "One day", sampling=Sampling(n=2, temperature=1.0)))
     assert [g.token_ids for g in result[:2]] == [g.token_ids for g in plain]
     assert all(a.token_ids != b.token_ids for a, b in zip(result[:2], result[2:], strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_in_half_precision_steers_its_rows_and_no_others(shared: Path) -> None:
+    lm = LanguageModel.load(shared / "data" / "stories260K-hf", precision="bf16", device="cuda")
+    cfg = StandardConfig(d_in=64, d_sae=128, hook_name=HOOK)
+    shapes = cfg.tensor_shapes()
+    generator = torch.Generator().manual_seed(0)
+    sae = StandardSAE(cfg, {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()})
+    plain = run(generate(lm, ["One day"] * 3, sampling=GREEDY))
+    for method in METHODS:
+        steer = Intervention.of_feature(sae.to("cuda"), 5, (None, 4.0, 40.0), method=method)
+        steered = run(generate(lm, ["One day"] * 3, interventions=[steer], sampling=GREEDY))
+        assert steered[0].token_ids == plain[0].token_ids

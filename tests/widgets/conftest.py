@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import secrets
 import shutil
 import socket
@@ -54,11 +53,12 @@ class Jupyter(NamedTuple):
 
 @pytest.fixture(scope="session")
 def start_jupyter(tmp_path_factory: pytest.TempPathFactory) -> Generator[Any]:
-    """Starts `jupyter server` or `jupyter lab` as `(module, arguments, files)`; all of them end with the tests."""
+    """Starts `jupyter server` or `jupyter lab`, apart from whatever the user has; all of them end with the tests."""
     running: list[subprocess.Popen[str]] = []
 
-    def start(module: str, *arguments: str, home: Path, root: Path, settings: Path | None = None) -> Jupyter:
+    def start(module: str, *arguments: str, home: Path, root: Path) -> Jupyter:
         folder = tmp_path_factory.mktemp("jupyter")
+        write_settings(folder / "settings")
         port, token = _free_port(), secrets.token_hex(16)
         environment = os.environ | {
             "HOME": str(folder),
@@ -66,7 +66,7 @@ def start_jupyter(tmp_path_factory: pytest.TempPathFactory) -> Generator[Any]:
             "JUPYTER_CONFIG_PATH": str(JUPYTER_CONFIG),
             "JUPYTER_DATA_DIR": str(folder / "data"),
             "JUPYTER_RUNTIME_DIR": str(folder / "runtime"),
-            "JUPYTERLAB_SETTINGS_DIR": str(settings or folder / "settings"),
+            "JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"),
             "JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces"),
             "IPYTHONDIR": str(folder / "ipython"),
             "JUPYTER_PLATFORM_DIRS": "1",
@@ -82,7 +82,11 @@ def start_jupyter(tmp_path_factory: pytest.TempPathFactory) -> Generator[Any]:
         )  # fmt: skip
         running.append(process)
         _wait_until_it_runs(process)
-        return Jupyter(f"http://127.0.0.1:{port}/user/someone/", token, home)
+        url = f"http://127.0.0.1:{port}/user/someone/"
+        # It says so a moment before it listens.
+        with httpx.Client(transport=httpx.HTTPTransport(retries=6), trust_env=False, timeout=START_SECONDS) as client:
+            client.get(f"{url}api").raise_for_status()
+        return Jupyter(url, token, home)
 
     yield start
     for process in running:
@@ -91,6 +95,13 @@ def start_jupyter(tmp_path_factory: pytest.TempPathFactory) -> Generator[Any]:
         process.wait(30)
         assert process.stderr is not None
         process.stderr.close()
+
+
+def write_settings(folder: Path) -> None:
+    """JupyterLab asks for news in a pop-up that would lie over the notebook."""
+    file = folder / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
+    file.parent.mkdir(parents=True)
+    file.write_text('{"fetchNews": "false", "checkForUpdates": false}', "utf-8")
 
 
 def _free_port() -> int:
@@ -102,17 +113,19 @@ def _free_port() -> int:
 def _wait_until_it_runs(process: subprocess.Popen[str]) -> None:
     """Read what the server says until it says that it runs; a thread reads on, so that it can go on saying things."""
     assert process.stderr is not None
-    runs, said = threading.Event(), []
+    runs, over, said = threading.Event(), threading.Event(), []
 
     def read(stream: Any) -> None:
         for line in stream:
             said.append(line)
-            if re.search(r"is running at", line):
+            if "is running at" in line:
                 runs.set()
-        runs.set()
+                over.set()
+        over.set()
 
     threading.Thread(target=read, args=(process.stderr,), daemon=True).start()
-    assert runs.wait(START_SECONDS) and process.poll() is None, "".join(said)
+    over.wait(START_SECONDS)
+    assert runs.is_set(), "".join(said)
 
 
 @pytest.fixture(scope="session")

@@ -14,17 +14,17 @@ from mistudio_engine.api.operations import (
     training,
 )
 from mistudio_engine.api.operations.base import OPERATIONS, JobOperation, Operation, Route
-from mistudio_engine.api.operations.datasets import *  # noqa: F403
-from mistudio_engine.api.operations.exports import *  # noqa: F403
-from mistudio_engine.api.operations.extractions import *  # noqa: F403
-from mistudio_engine.api.operations.features import *  # noqa: F403
-from mistudio_engine.api.operations.jobs import *  # noqa: F403
-from mistudio_engine.api.operations.labels import *  # noqa: F403
-from mistudio_engine.api.operations.models import *  # noqa: F403
-from mistudio_engine.api.operations.saes import *  # noqa: F403
-from mistudio_engine.api.operations.steering import *  # noqa: F403
-from mistudio_engine.api.operations.system import *  # noqa: F403
-from mistudio_engine.api.operations.training import *  # noqa: F403
+from mistudio_engine.api.operations.datasets import *
+from mistudio_engine.api.operations.exports import *
+from mistudio_engine.api.operations.extractions import *
+from mistudio_engine.api.operations.features import *
+from mistudio_engine.api.operations.jobs import *
+from mistudio_engine.api.operations.labels import *
+from mistudio_engine.api.operations.models import *
+from mistudio_engine.api.operations.saes import *
+from mistudio_engine.api.operations.steering import *
+from mistudio_engine.api.operations.system import *
+from mistudio_engine.api.operations.training import *
 
 __all__ = sorted(
     {"OPERATIONS", "JobOperation", "Operation", "Route"}

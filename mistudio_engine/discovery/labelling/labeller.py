@@ -35,7 +35,7 @@ class Label:
 
     feature: int
     label: str
-    """What the feature stands for, in a few words. Words from the dataset in it are data, control characters escaped."""
+    """What the feature stands for, in a few words. Words from the dataset in it are data, and printable."""
 
     category: str
     """A path such as `Context > After “not”`."""

@@ -19,7 +19,7 @@ KINDS = ("word", "number", "punctuation", "space", "bytes", "mixed", "special")
 
 _SENTENCE_ENDS = frozenset(".!?。！？…؟।")
 _CLOSING = frozenset(")]}）】」』")
-_QUOTES = frozenset("\"“”„«»「」『』‟❝❞")
+_QUOTES = frozenset('"“”„«»「」『』‟❝❞')
 _LONGEST_SHOWN = 24
 
 
@@ -71,10 +71,10 @@ class TokenLexicon:
         return np.array([any(c in text for c in characters) for text in self.texts])
 
     def ending(self, n_letters: int) -> np.ndarray:
-        """(n + 1,) the last letters of words that have at least three more, else ""."""
+        """(n + 1,) the last letters of words that have more than these, else ""."""
         if n_letters not in self._endings:
             words = [t.strip().casefold() if self.kind[i] == 0 else "" for i, t in enumerate(self.texts)]
-            self._endings[n_letters] = np.array([w[-n_letters:] if len(w) >= n_letters + 2 else "" for w in words])
+            self._endings[n_letters] = np.array([w[-n_letters:] if len(w) > n_letters else "" for w in words])
         return self._endings[n_letters]
 
     def shown_key(self, key: int) -> str:

@@ -6,10 +6,11 @@ its mask on any contexts, and it can say in words what it means. It does not kno
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Literal, Protocol
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -108,51 +109,47 @@ def _last_before(mask: Mask) -> NDArray[np.int64]:
     return last
 
 
-class Rule(Protocol):
+class Rule(ABC):
     """A guess at what a feature fires on."""
 
     @property
     def size(self) -> int:
         """How much has to be said to state it; between two equally good rules the smaller is taken."""
-        ...
+        return 1
 
+    @abstractmethod
     def mask(self, contexts: Contexts) -> Mask:
         """(n, width) where it holds."""
-        ...
 
+    @abstractmethod
     def label(self, lexicon: TokenLexicon) -> str:
         """In a few words."""
-        ...
 
+    @abstractmethod
     def category(self, lexicon: TokenLexicon) -> str:
         """As a path."""
-        ...
 
 
 @dataclass(frozen=True)
-class TokenSet:
+class TokenSet(Rule):
     """One of these tokens, the most telling first."""
 
     keys: tuple[int, ...]
 
     @property
     def size(self) -> int:
-        """See Rule."""
         return len(self.keys)
 
     def mask(self, contexts: Contexts) -> Mask:
-        """See Rule."""
         return contexts.has(frozenset(self.keys))
 
     def label(self, lexicon: TokenLexicon) -> str:
-        """See Rule."""
         if len(self.keys) == 1:
             return f"{_ONE[self._kind(lexicon)]} {_quoted(self.keys, lexicon)}"
         listed = ", ".join(lexicon.shown_key(key) for key in self.keys[:_SHOWN])
         return f"{_MANY[self._kind(lexicon)]}: {listed}{', …' if len(self.keys) > _SHOWN else ''}"
 
     def category(self, lexicon: TokenLexicon) -> str:
-        """See Rule."""
         return f"Token > {_NAME[self._kind(lexicon)]}"
 
     def _kind(self, lexicon: TokenLexicon) -> str:
@@ -193,15 +190,13 @@ _NAME = {
 
 
 @dataclass(frozen=True)
-class Kind:
+class Kind(Rule):
     """Any token of one kind: a number, punctuation, a capitalised word, a script."""
 
     what: Literal["number", "punctuation", "space", "bytes", "capital", "piece", "script"]
     script: str = ""
-    size: ClassVar[int] = 1
 
     def mask(self, contexts: Contexts) -> Mask:
-        """See Rule."""
         lexicon = contexts.lexicon
         match self.what:
             case "capital":
@@ -215,7 +210,6 @@ class Kind:
         return table[contexts.ids] & contexts.counts
 
     def label(self, lexicon: TokenLexicon) -> str:
-        """See Rule."""
         if self.what == "script":
             return f"words in {self.script} script"
         return {
@@ -228,34 +222,33 @@ class Kind:
         }[self.what]
 
     def category(self, lexicon: TokenLexicon) -> str:
-        """See Rule."""
         if self.what == "script":
             return f"Token > Script > {self.script}"
         return f"Token > {'Capitalised' if self.what == 'capital' else _NAME[self.what]}"
 
 
 @dataclass(frozen=True)
-class Ending:
+class Ending(Rule):
     """Words that end in some letters."""
 
     letters: str
-    size: ClassVar[int] = 2
+
+    @property
+    def size(self) -> int:
+        return 2
 
     def mask(self, contexts: Contexts) -> Mask:
-        """See Rule."""
         return (contexts.lexicon.ending(len(self.letters)) == self.letters)[contexts.ids]
 
     def label(self, lexicon: TokenLexicon) -> str:
-        """See Rule."""
         return f"words that end in -{self.letters}"
 
     def category(self, lexicon: TokenLexicon) -> str:
-        """See Rule."""
         return f"Token > Ending > -{self.letters}"
 
 
 @dataclass(frozen=True)
-class Following:
+class Following(Rule):
     """One of these tokens stands right before, or a few tokens before."""
 
     keys: tuple[int, ...]
@@ -263,20 +256,16 @@ class Following:
 
     @property
     def size(self) -> int:
-        """See Rule."""
         return len(self.keys) + (self.within > 1)
 
     def mask(self, contexts: Contexts) -> Mask:
-        """See Rule."""
         return (contexts.places - contexts.last_of(frozenset(self.keys)) <= self.within) & contexts.counts
 
     def label(self, lexicon: TokenLexicon) -> str:
-        """See Rule."""
         what = _quoted(self.keys, lexicon)
         return f"after {what}" if self.within == 1 else f"within {self.within} tokens after {what}"
 
     def category(self, lexicon: TokenLexicon) -> str:
-        """See Rule."""
         return f"Context > {'After' if self.within == 1 else 'Soon after'} {_quoted(self.keys[:1], lexicon)}"
 
 
@@ -285,7 +274,7 @@ SCOPE_ENDS: tuple[ScopeEnd, ...] = ("sentence", "clause", "bracket")
 
 
 @dataclass(frozen=True)
-class Scope:
+class Scope(Rule):
     """From one of these tokens (left out) up to the next end of a sentence, punctuation mark or closing bracket."""
 
     keys: tuple[int, ...]
@@ -293,15 +282,12 @@ class Scope:
 
     @property
     def size(self) -> int:
-        """See Rule."""
         return len(self.keys) + 1
 
     def mask(self, contexts: Contexts) -> Mask:
-        """See Rule."""
         return (contexts.last_of(frozenset(self.keys)) > contexts.last_end[self.end]) & contexts.counts
 
     def label(self, lexicon: TokenLexicon) -> str:
-        """See Rule."""
         what = _quoted(self.keys, lexicon)
         return {
             "sentence": f"in a sentence after {what}",
@@ -310,57 +296,47 @@ class Scope:
         }[self.end]
 
     def category(self, lexicon: TokenLexicon) -> str:
-        """See Rule."""
         where = {"sentence": "Rest of the sentence after", "clause": "Clause after", "bracket": "Inside"}[self.end]
         return f"Context > {where} {_quoted(self.keys[:1], lexicon)}"
 
 
 @dataclass(frozen=True)
-class InQuotes:
+class InQuotes(Rule):
     """Inside quoted speech."""
 
-    size: ClassVar[int] = 1
-
     def mask(self, contexts: Contexts) -> Mask:
-        """See Rule."""
         return contexts.in_quotes
 
     def label(self, lexicon: TokenLexicon) -> str:
-        """See Rule."""
         return "inside quotation marks (quoted speech)"
 
     def category(self, lexicon: TokenLexicon) -> str:
-        """See Rule."""
         return "Context > Inside quotation marks"
 
 
 @dataclass(frozen=True)
-class Start:
+class Start(Rule):
     """The first tokens of a context, or the first token of a sentence."""
 
     of: Literal["context", "sentence"]
     within: int = 1
-    size: ClassVar[int] = 1
 
     def mask(self, contexts: Contexts) -> Mask:
-        """See Rule."""
         if self.of == "sentence":
             return (contexts.places - contexts.last_end["sentence"] == 1) & contexts.counts
         return (np.cumsum(contexts.counts, axis=1) <= self.within) & contexts.counts
 
     def label(self, lexicon: TokenLexicon) -> str:
-        """See Rule."""
         if self.of == "sentence":
             return "the first token of a sentence"
         return "the first token of a text" if self.within == 1 else f"the first {self.within} tokens of a text"
 
     def category(self, lexicon: TokenLexicon) -> str:
-        """See Rule."""
         return f"Position > Start of {'text' if self.of == 'context' else 'sentence'}"
 
 
 @dataclass(frozen=True)
-class Both:
+class Both(Rule):
     """A rule on the token and a rule on what stands before, at once."""
 
     token: Rule
@@ -368,19 +344,15 @@ class Both:
 
     @property
     def size(self) -> int:
-        """See Rule."""
         return self.token.size + self.context.size + 1
 
     def mask(self, contexts: Contexts) -> Mask:
-        """See Rule."""
         return self.token.mask(contexts) & self.context.mask(contexts)
 
     def label(self, lexicon: TokenLexicon) -> str:
-        """See Rule."""
         return f"{self.token.label(lexicon)}; {self.context.label(lexicon)}"
 
     def category(self, lexicon: TokenLexicon) -> str:
-        """See Rule."""
         return self.context.category(lexicon)
 
 

@@ -89,20 +89,20 @@ class TokenPatternLabeller:
             detail = f"No pattern holds on held-out contexts: the best, “{label}”, has balanced accuracy "
             return LabelFailure(stats.feature, "no_pattern", f"{detail}{confidence:.2f}.", self.id)
         explained = score.share_of_activation(rule.mask(score.contexts))
-        n_firing, n_silent = int(score.fires.sum()), int(score.silent.sum())
         return Label(
             feature=stats.feature,
             label=label,
             category=rule.category(self.lexicon),
             confidence=confidence,
             evidence=(
-                f"On held-out contexts the rule holds on {int(held_out.true_positive)} of {n_firing} firing tokens and "
-                f"on {int(held_out.false_positive)} of {n_silent} silent ones; it covers {explained:.0%} of the activation."
+                f"On held-out contexts the rule holds on {held_out.true_positive:.0f} of {score.n_fires} firing tokens "
+                f"and on {held_out.false_positive:.0f} of {score.n_silent} silent ones; "
+                f"it covers {explained:.0%} of the activation."
             ),
             method=self.id,
             numbers={
-                "n_firing": n_firing,
-                "n_silent": n_silent,
+                "n_firing": score.n_fires,
+                "n_silent": score.n_silent,
                 "recall": held_out.recall,
                 "specificity": held_out.specificity,
                 "precision": held_out.precision if held_out.true_positive else 0.0,
@@ -121,18 +121,20 @@ class _Seen:
         acts, counts = self.contexts.acts, self.contexts.counts
         self.fires = (acts >= _FIRES_AT * maximum) & (acts > 0) & counts
         self.silent = (acts == 0) & counts
+        self.n_fires, self.n_silent = _count(self.fires), _count(self.silent)
         self.n_firing_contexts = int(self.fires.any(axis=1).sum())
 
     def within(self, mask: NDArray[np.bool_]) -> _Seen:
         """The same with nothing but what lies under the mask."""
         part = copy.copy(self)
         part.fires, part.silent = self.fires & mask, self.silent & mask
+        part.n_fires, part.n_silent = _count(part.fires), _count(part.silent)
         return part
 
     def confusion(self, mask: NDArray[np.bool_]) -> Confusion:
         """The rule's mask against what happened."""
-        hits, misses = int((mask & self.fires).sum()), int((mask & self.silent).sum())
-        return Confusion(hits, misses, int(self.silent.sum()) - misses, int(self.fires.sum()) - hits)
+        hits, misses = _count(mask & self.fires), _count(mask & self.silent)
+        return Confusion(hits, misses, self.n_silent - misses, self.n_fires - hits)
 
     def objective(self, rule: Rule) -> float:
         """What a rule is worth: the mean of balanced accuracy and F1, less the cost of stating it.
@@ -140,12 +142,16 @@ class _Seen:
         Balanced accuracy alone forgives a rule that holds on ten times as many tokens as fire.
         """
         found = self.confusion(rule.mask(self.contexts))
-        accuracy = found.balanced_accuracy if self.silent.any() else found.recall
+        accuracy = found.balanced_accuracy if self.n_silent else found.recall
         return (accuracy + found.f1) / 2 - _COST * rule.size
 
     def share_of_activation(self, mask: NDArray[np.bool_]) -> float:
         """Share of the summed activation that lies under the mask, 0 to 1."""
         return float(self.contexts.acts[mask].sum() / self.contexts.acts.sum())
+
+
+def _count(mask: NDArray[np.bool_]) -> int:
+    return int(np.count_nonzero(mask))
 
 
 def best_rule(seen: _Seen) -> Rule:
