@@ -1,1 +1,1 @@
-"""Files for others: an SAE and what is known of its features. It loads no torch and knows no SQL, jobs or extractions."""
+"""Files for others: an SAE and what is known of its features. It loads no torch and knows no SQL and no jobs."""

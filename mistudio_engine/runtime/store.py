@@ -10,35 +10,40 @@ method has returned from survives the loss of power.
 
 from __future__ import annotations
 
-import difflib
-import hashlib
 import json
 import os
-import re
 import sqlite3
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from pydantic_core import from_json, to_json
 
-from mistudio_engine.api.errors import BadInput, Conflict, CorruptFile, DiskFull, NotFound
+from mistudio_engine.api.errors import Conflict, CorruptFile, DiskFull, NotFound
 from mistudio_engine.api.events import Event
 from mistudio_engine.api.records import LabelRecord, Page, Record
 from mistudio_engine.runtime.files import free_bytes
 from mistudio_engine.runtime.migrations import migrate
+from mistudio_engine.runtime.rows import (
+    as_row,
+    channel_condition,
+    check_slug,
+    condition_of,
+    expression_of,
+    fields_of,
+    likely_slugs,
+    marks,
+    place_of,
+    text_key,
+)
 
 __all__ = ["NewEvent", "Store"]
 
 R = TypeVar("R", bound=Record)
-
-SLUG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
-UNSEARCHED = frozenset({"folder", "sha256"})
-"""Text fields that `query` leaves out: nobody remembers them, and hexadecimal digits match by accident."""
 
 SQL_VARIABLES = 500
 """Values per statement; SQLite takes 999 in its oldest versions."""
@@ -175,14 +180,10 @@ class Store:
 
         Raises Conflict when the slug is taken, BadInput when it cannot be a slug.
         """
-        if not SLUG.fullmatch(record.slug) or record.slug.endswith(".part"):
-            raise BadInput(
-                f"{record.slug!r} cannot be the name of a {record.kind}.",
-                fix="Begin with a letter or digit and use letters, digits, '.', '_' and '-', at most 120 characters.",
-            )
+        check_slug(record)
         if not record.created_at:
             record = record.model_copy(update={"created_at": time.time()})
-        body, words, kept = _as_row(record)
+        body, words, kept = as_row(record)
         with self.transaction():
             try:
                 self._writer.execute(
@@ -213,7 +214,7 @@ class Store:
                 "SELECT body FROM records WHERE kind = ? AND slug = ?", (cls.kind, slug)
             ).fetchone()
             if row is None:
-                raise NotFound.of(cls.kind, slug, _likely(connection, cls.kind, slug))
+                raise NotFound.of(cls.kind, slug, likely_slugs(connection, cls.kind, slug))
         return cls.model_validate_json(row[0])
 
     def update(self, cls: type[R], slug: str, **changes: Any) -> R:
@@ -225,7 +226,7 @@ class Store:
             raise TypeError(f"{cls.__name__} has no field {sorted(unknown)}")
         with self.transaction():
             record = self.get(cls, slug)
-            return self._replace(cls.model_validate({**_fields(record), **changes}))
+            return self._replace(cls.model_validate({**fields_of(record), **changes}))
 
     def delete(self, cls: type[Record], slug: str) -> None:
         """Forgets a record; its events stay in the log. Raises NotFound."""
@@ -240,7 +241,7 @@ class Store:
             return found.fetchone() is not None
 
     def _replace(self, record: R) -> R:
-        body, words, kept = _as_row(record)
+        body, words, kept = as_row(record)
         self._writer.execute(
             "UPDATE records SET body = ?, words = ? WHERE kind = ? AND slug = ?",
             (body, words, record.kind, record.slug),
@@ -265,11 +266,11 @@ class Store:
         value, with None, or with any of a list. A cursor names the last record shown, not a position: records that
         come or go in between shift nothing, and none is shown twice or left out. Raises BadInput for a foreign cursor.
         """
-        condition, values = _condition(cls, where or {})
+        condition, values = condition_of(cls, where or {})
         if query:
             condition, values = f"{condition} AND instr(words, ?) > 0", [*values, query.casefold()]
         order, sign = ("DESC", "<") if newest_first else ("ASC", ">")
-        place = _place(cursor, order)
+        place = place_of(cursor, order)
         with self._reading() as connection:
             (total,) = connection.execute(f"SELECT COUNT(*) FROM records WHERE {condition}", values).fetchone()
             if place is not None:
@@ -287,20 +288,20 @@ class Store:
 
     def all(self, cls: type[R], **where: Any) -> list[R]:
         """Every record that fits (see `page`), oldest first."""
-        condition, values = _condition(cls, where)
+        condition, values = condition_of(cls, where)
         with self._reading() as connection:
             rows = connection.execute(f"SELECT body FROM records WHERE {condition} ORDER BY id", values).fetchall()
         return [cls.model_validate_json(body) for (body,) in rows]
 
     def count(self, cls: type[Record], **where: Any) -> int:
         """How many records fit (see `page`)."""
-        condition, values = _condition(cls, where)
+        condition, values = condition_of(cls, where)
         with self._reading() as connection:
             return connection.execute(f"SELECT COUNT(*) FROM records WHERE {condition}", values).fetchone()[0]
 
     def count_by(self, cls: type[Record], field: str) -> dict[Any, int]:
         """How many records there are for each value of a field."""
-        column = _column(cls, field)
+        column = expression_of(cls, field)
         with self._reading() as connection:
             rows = connection.execute(
                 f"SELECT {column}, COUNT(*) FROM records WHERE kind = ? GROUP BY {column}", (cls.kind,)
@@ -367,10 +368,10 @@ class Store:
         """
         condition, values = "seq > ?", [seq]
         if channels is not None:
-            some, names_of_channels = _channel_condition(channels)
+            some, names_of_channels = channel_condition(channels)
             condition, values = f"{condition} AND ({some})", [*values, *names_of_channels]
         if names is not None:
-            condition, values = f"{condition} AND event IN ({_marks(names)})", [*values, *names]
+            condition, values = f"{condition} AND event IN ({marks(names)})", [*values, *names]
         order = "DESC" if newest_first else "ASC"
         with self._reading() as connection:
             rows = connection.execute(
@@ -448,13 +449,13 @@ class Store:
 
     def embeddings(self, embedder: str, texts: Sequence[str]) -> list[bytes | None]:
         """The stored vector of each text, in their order; None where there is none."""
-        keys = [_text_key(text) for text in texts]
+        keys = [text_key(text) for text in texts]
         found: dict[bytes, bytes] = {}
         with self._reading() as connection:
             for start in range(0, len(keys), SQL_VARIABLES):
                 some = keys[start : start + SQL_VARIABLES]
                 found |= connection.execute(
-                    f"SELECT sha256, vector FROM embeddings WHERE embedder = ? AND sha256 IN ({_marks(some)})",
+                    f"SELECT sha256, vector FROM embeddings WHERE embedder = ? AND sha256 IN ({marks(some)})",
                     [embedder, *some],
                 ).fetchall()
         return [found.get(key) for key in keys]
@@ -464,7 +465,7 @@ class Store:
         with self.transaction():
             self._writer.executemany(
                 "INSERT OR REPLACE INTO embeddings VALUES (?, ?, ?)",
-                [(embedder, _text_key(text), vector) for text, vector in vectors.items()],
+                [(embedder, text_key(text), vector) for text, vector in vectors.items()],
             )
 
     # Settings
@@ -485,78 +486,3 @@ class Store:
                 self._writer.execute("DELETE FROM settings WHERE key = ?", (key,))
             else:
                 self._writer.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", (key, json.dumps(value)))
-
-
-def _as_row(record: R) -> tuple[str, str, R]:
-    """A record as JSON and as words to search, and as it will be read back.
-
-    Reading it back here makes a value that JSON cannot carry (NaN becomes null) fail while it is written, not later.
-    """
-    body = record.model_dump_json(exclude={"ref"})
-    fields = from_json(body).items()
-    words = "\n".join(text for name, text in fields if isinstance(text, str) and name not in UNSEARCHED)
-    return body, words.casefold(), type(record).model_validate_json(body)
-
-
-def _fields(record: Record) -> dict[str, Any]:
-    return {name: getattr(record, name) for name in type(record).model_fields}
-
-
-def _column(cls: type[Record], field: str) -> str:
-    """The SQL expression of a field, letter for letter as the indices have it."""
-    if field not in cls.model_fields:
-        raise TypeError(f"{cls.__name__} has no field {field!r}")
-    return "slug" if field == "slug" else f"json_extract(body, '$.{field}')"
-
-
-def _condition(cls: type[Record], where: Mapping[str, Any]) -> tuple[str, list[Any]]:
-    """SQL and values for the records of a class whose fields are as `where` says."""
-    parts, values = ["kind = ?"], [cls.kind]
-    for field, wanted in where.items():
-        column = _column(cls, field)
-        if wanted is None:
-            parts.append(f"{column} IS NULL")
-        elif isinstance(wanted, (list, tuple, set, frozenset)):
-            parts.append(f"{column} IN ({_marks(wanted)})")
-            values += wanted
-        else:
-            parts.append(f"{column} = ?")
-            values.append(wanted)
-    return " AND ".join(parts), values
-
-
-def _channel_condition(channels: Sequence[str]) -> tuple[str, list[str]]:
-    plain = [channel for channel in channels if not channel.endswith("*")]
-    prefixes = [channel[:-1] for channel in channels if channel.endswith("*")]
-    parts = [f"channel IN ({_marks(plain)})"] + ["substr(channel, 1, length(?)) = ?"] * len(prefixes)
-    return " OR ".join(parts), [*plain, *(prefix for prefix in prefixes for _ in range(2))]
-
-
-def _marks(values: Iterable[object]) -> str:
-    return ", ".join("?" for _ in values)
-
-
-def _place(cursor: str | None, order: str) -> int | None:
-    """Id of the record that a cursor names."""
-    if cursor is None:
-        return None
-    match = re.fullmatch(r"(asc|desc)-(\d{1,18})", cursor, re.ASCII)
-    if match is None or match[1] != order.lower():
-        raise BadInput(
-            f"{cursor[:80]!r} is not a cursor of this list.",
-            why="A cursor belongs to the list and the order that it came from.",
-            fix="Pass next_cursor as it was given, or none to begin at the start.",
-        )
-    return int(match[2])
-
-
-def _likely(connection: sqlite3.Connection, kind: str, slug: str) -> list[str]:
-    """Slugs that may have been meant: the most similar ones, then the newest."""
-    rows = connection.execute("SELECT slug FROM records WHERE kind = ? ORDER BY id DESC LIMIT 200", (kind,)).fetchall()
-    known = [name for (name,) in rows]
-    similar = difflib.get_close_matches(slug, known, n=4)
-    return list(dict.fromkeys([*similar, *known]))
-
-
-def _text_key(text: str) -> bytes:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()

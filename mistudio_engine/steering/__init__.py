@@ -1,1 +1,1 @@
-"""Steering: what is changed in a language model, how it then writes, and what that did. It knows no jobs and no files."""
+"""Steering: what is changed in a language model, how it then writes, and what that did. It knows no jobs."""

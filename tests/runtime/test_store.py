@@ -16,7 +16,8 @@ import pytest
 from mistudio_engine.api.errors import BadInput, Conflict, CorruptFile, NotFound, Unsupported
 from mistudio_engine.api.records import DatasetRecord, Job, LabelRecord, ModelRecord, SAERecord
 from mistudio_engine.runtime.migrations import MIGRATIONS, migrate
-from mistudio_engine.runtime.store import NewEvent, Store, _condition
+from mistudio_engine.runtime.rows import condition_of
+from mistudio_engine.runtime.store import NewEvent, Store
 
 
 @pytest.fixture
@@ -216,7 +217,7 @@ def test_where_compares_fields_with_a_value_with_none_and_with_any_of_several(st
 
 def test_filters_use_an_index(store: Store) -> None:
     store.insert(Job(slug="j", operation="x"))
-    condition, values = _condition(Job, {"state": "queued"})
+    condition, values = condition_of(Job, {"state": "queued"})
     with closing(sqlite3.connect(store.path)) as connection:
         plan = connection.execute(f"EXPLAIN QUERY PLAN SELECT body FROM records WHERE {condition}", values).fetchall()
     assert "records_by_state" in str(plan)
@@ -312,7 +313,7 @@ def test_an_older_database_is_backed_up_and_migrated(tmp_path: Path) -> None:
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         backup = migrate(connection, path, [*MIGRATIONS, second_schema])
         assert connection.execute("PRAGMA user_version").fetchone() == (len(MIGRATIONS) + 1,)
-    assert backup == tmp_path / f"mistudio.db.v{len(MIGRATIONS)}.backup"
+    assert backup is not None and backup == tmp_path / f"mistudio.db.v{len(MIGRATIONS)}.backup"
     with Store(backup) as old:
         assert old.get(ModelRecord, "a").slug == "a"
         assert old.epoch() == epoch

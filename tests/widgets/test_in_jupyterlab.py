@@ -42,7 +42,7 @@ def work(tmp_path: Path):
     while not (home / "engine.json").exists():
         time.sleep(.05)
     yield Work(home)
-    p.terminate()
+    p.kill()
     p.wait()
 
 
