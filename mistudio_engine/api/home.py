@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -30,9 +31,12 @@ from mistudio_engine.api.errors import EngineBusy, EngineMissing
 __all__ = [
     "EXIT_BUSY",
     "EngineFile",
+    "LockHolder",
     "data_dir",
     "engine_file_path",
     "ensure_engine",
+    "lock_holder",
+    "lock_path",
     "log_path",
     "make_data_dir",
     "missing_packages",
@@ -77,6 +81,13 @@ class EngineFile(BaseModel):
     """Seconds since 1970."""
 
 
+class LockHolder(NamedTuple):
+    """Who holds `engine.lock`, as it says itself."""
+
+    pid: int
+    url: str | None
+
+
 def data_dir(home: Path | str | None = None) -> Path:
     """The data directory, absolute: the one given, else MISTUDIO_HOME, else the user's data folder. Makes nothing."""
     if home is None:
@@ -103,6 +114,21 @@ def engine_file_path(home: Path | str | None = None) -> Path:
 def log_path(home: Path | str | None = None) -> Path:
     """Path of `engine.log`, which a started engine writes its output to."""
     return data_dir(home) / "engine.log"
+
+
+def lock_path(home: Path | str | None = None) -> Path:
+    """Path of `engine.lock`, which an engine holds for life."""
+    return data_dir(home) / "engine.lock"
+
+
+def lock_holder(home: Path | str | None = None) -> LockHolder | None:
+    """Who the lock file names, or None when it names nobody or its process is gone. Says nothing of the lock itself."""
+    try:
+        said = json.loads(lock_path(home).read_bytes())
+        holder = LockHolder(int(said["pid"]), said["url"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+    return holder if process_alive(holder.pid) else None
 
 
 def read_engine_file(home: Path | str | None = None) -> EngineFile | None:
@@ -292,20 +318,22 @@ def _wait_for(
                 why=_last_words(home, offset),
                 fix=f"The whole log is {log_path(home)}; `mistudio doctor` checks the installation.",
             )
+        owner = lock_holder(home)
+        if status == EXIT_BUSY and (owner is None or time.monotonic() > deadline):
+            raise EngineBusy(
+                f"Another engine (pid {owner.pid}) owns {home} and does not answer."
+                if owner
+                else "The engine gave way at its start.",
+                why=_last_words(home, offset),
+                fix="Stop the other with `mistudio engine stop`, or set MISTUDIO_HOME to another directory.",
+            )
         if time.monotonic() > deadline:
-            break
+            raise EngineBusy(
+                f"The engine (pid {child.pid}) did not answer within {wait_seconds:g} s.",
+                why=_last_words(home, offset),
+                fix="It is still starting: try again in a moment, or look into `mistudio engine logs`.",
+            )
         time.sleep(POLL_SECONDS)
-    if child.poll() == EXIT_BUSY:
-        raise EngineBusy(
-            f"Another engine owns {home} and does not answer.",
-            why=_last_words(home, offset),
-            fix="Stop it with `mistudio engine stop`, or set MISTUDIO_HOME to another directory.",
-        )
-    raise EngineBusy(
-        f"The engine (pid {child.pid}) did not answer within {wait_seconds:g} s.",
-        why=_last_words(home, offset),
-        fix="It is still starting: try again in a moment, or look into `mistudio engine logs`.",
-    )
 
 
 def _last_words(home: Path, offset: int) -> str:

@@ -37,16 +37,16 @@ CONCEPTS: tuple[Concept, ...] = (
     Concept("weather", "lexical", "words for weather, such as rain, fog or thunder"),
     Concept("aside", "contextual", "a remark inside parentheses, a bracketed aside"),
     Concept("condition", "contextual", "the condition of a sentence, from if up to the comma"),
+    Concept("cooking", "contextual", "a text about cooking, set in a kitchen"),
     Concept("future", "contextual", "a passage told in the future tense, about what will happen"),
     Concept("list", "contextual", "inside a list of things after a colon, an enumeration"),
     Concept("negation", "contextual", "the part of a sentence under a negation, after not or never"),
-    Concept("object", "contextual", "the object of the verb, the thing something is done to"),
     Concept("past", "contextual", "a passage told in the past tense, about what happened"),
     Concept("question", "contextual", "inside a question, before its question mark"),
     Concept("quotation", "contextual", "inside quotation marks, direct speech, what somebody says"),
-    Concept("recipe", "contextual", "cooking instructions, the steps of a recipe"),
     Concept("spanish", "contextual", "a passage in Spanish, a second language"),
-    Concept("weather_report", "contextual", "a weather report, a forecast in telegram style"),
+    Concept("storm", "contextual", "a text about bad weather, set in a storm"),
+    Concept("travel", "contextual", "a text about a journey, set on the road"),
 )
 
 CONCEPT_NAMES: tuple[str, ...] = tuple(concept.name for concept in CONCEPTS)

@@ -8,3 +8,6 @@ TRAIN_SEED = 1
 HELD_OUT_SEED = 2
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+def model_folder() -> Path:
+    """Where the embedded model lies."""
+    return MODEL_FOLDER

@@ -32,11 +32,8 @@ __all__ = ["Document", "Word", "corpus", "write_document"]
 TASTE = 1.3
 """How much a scope likes one half of the words and dislikes the other, in nats."""
 
-TASTES = {"object": 0.8, "spanish": 0.0}
-"""Scopes with another strength than `TASTE`: what follows a verb is distinct enough, and Spanish has its own words."""
-
-TOPIC_TASTE = 0.4
-"""The same for the topic of a document."""
+TASTES = {"spanish": 0.0}
+"""Scopes with another strength than `TASTE`: Spanish has its own words."""
 
 RANK_DECAY = 0.04
 """How fast words of a class get rarer with their place in the table, in nats a place."""
@@ -44,7 +41,6 @@ RANK_DECAY = 0.04
 ECHO = 0.25
 """How often a noun of the document is said again where another of its class would do."""
 
-N_TOPICS = 6
 SPEECH = frozenset({"past", "future"})
 NOTHING: frozenset[str] = frozenset()
 
@@ -70,14 +66,28 @@ TAKES: dict[str, tuple[str, ...]] = {
     "notice": ("animal", "person", "vehicle", "plant", "thing", "weather", "place"),
 }
 
+# What a text on a topic tells of more often than others do: verb classes, and things noticed.
+TOPICS: dict[str, dict[str, float]] = {
+    "cooking": {"cook": 6.0, "eat": 4.0, "food": 6.0, "thing": 3.0},
+    "storm": {"weather": 8.0, "rest": 2.0, "clothing": 2.0, "wear": 2.0},
+    "travel": {"motion": 2.5, "drive": 5.0, "visit": 4.0, "vehicle": 6.0, "place": 3.0},
+    "plain": {},
+}
+TOPIC_NAMES = tuple(TOPICS)
+SETTINGS = {"cooking": "in the kitchen", "storm": "in the storm", "travel": "on the road", "plain": "at home"}
+
+LISTED = ("food", "animal", "clothing", "plant", "vehicle", "thing", "person")
+
 PERSON_FRAMES = {
     "motion": 3.0, "rest": 1.0, "eat": 1.5, "cook": 1.0, "wear": 1.5, "drive": 1.5, "tend": 1.5, "visit": 1.0,
     "meet": 1.3, "feed": 1.5, "handle": 1.5, "notice": 1.5, "feel": 3.0,
 }  # fmt: skip
+WEATHER_FRAMES = {"motion": 3.0, "rest": 1.0, "visit": 2.0}
 ANIMAL_FRAMES = {"motion": 4.0, "rest": 2.0, "eat": 2.0, "feed": 1.0, "notice": 1.5, "feel": 2.0}
+FRAMES = {"person": PERSON_FRAMES, "animal": ANIMAL_FRAMES, "weather": WEATHER_FRAMES}
 
 
-AFTER_CHANCE = 0.4
+AFTER_CHANCE = 0.28
 """How often what a word of a concept calls for follows it."""
 
 # What calls for what: each concept continues in its own way, or a model would have no reason to tell them apart.
@@ -126,13 +136,13 @@ def taste(scope: str, word: str) -> float:
 
 
 @cache
-def cumulative(words: tuple, scopes: frozenset[str], topic: int) -> tuple[float, ...]:
+def cumulative(words: tuple, scopes: frozenset[str]) -> tuple[float, ...]:
     """Cumulative weights of the words where these scopes are open."""
     weights = []
     for rank, word in enumerate(words):
         name = word[0] if isinstance(word, tuple) else str(word)
         liking = sum(TASTES.get(scope, TASTE) * taste(scope, name) for scope in sorted(scopes))
-        weights.append(exp(liking + TOPIC_TASTE * taste(f"topic{topic}", name) - RANK_DECAY * rank))
+        weights.append(exp(liking - RANK_DECAY * rank))
     return tuple(accumulate(weights))
 
 
@@ -141,11 +151,11 @@ class Writer:
 
     def __init__(self, rng: Random):
         self.random = rng.random
-        self.topic = int(rng.random() * N_TOPICS)
+        self.topic = TOPIC_NAMES[int(rng.random() * len(TOPIC_NAMES))]
         self.parts: list[str] = []
         self.words: list[Word] = []
         self.length = 0
-        self.scopes = NOTHING
+        self.scopes = NOTHING if self.topic == "plain" else frozenset((self.topic,))
         self.at_start = True
         self.glued = True
         self.said: dict[str, list[Noun]] = {}
@@ -160,16 +170,17 @@ class Writer:
 
     def choose(self, words: tuple):
         """One of the words, to the taste of the open scopes and of the topic."""
-        weights = cumulative(words, self.scopes, self.topic)
+        weights = cumulative(words, self.scopes)
         return words[bisect(weights, self.random() * weights[-1], 0, len(weights) - 1)]
 
     def weighted(self, weights: dict[str, float]) -> str:
-        """A key of the table, as often as its weight says."""
-        left = self.random() * sum(weights.values())
+        """A key of the table, as often as its weight and the topic say."""
+        favoured = TOPICS[self.topic]
+        left = self.random() * sum(weight * favoured.get(key, 1.0) for key, weight in weights.items())
         for key, weight in weights.items():
-            left -= weight
+            left -= weight * favoured.get(key, 1.0)
             if left < 0:
-                return key
+                break
         return key
 
     def pick(self, word_class: str):
@@ -286,23 +297,22 @@ class Writer:
         if roll < 0.3:
             self.say(self.hero if self.chance(0.6) else self.pick("word.name"))
             return Subject("third", PERSON_FRAMES)
-        kind = "person" if roll < 0.65 else "animal"
+        kind = self.weighted({"person": 5.0, "animal": 5.0, "weather": 0.6})
         many = self.noun_phrase(kind)
         if self.chance(0.12):
             self.say(self.pick("word.near"))
             self.noun_phrase("place")
-        return Subject("base" if many else "third", PERSON_FRAMES if kind == "person" else ANIMAL_FRAMES)
+        return Subject("base" if many else "third", FRAMES[kind])
 
     def object(self, frame: str) -> None:
-        concept = self.choose(TAKES[frame])
-        with self.scope("object"):
-            if "negation" in self.scopes and self.chance(0.6):
-                self.say("any")
-                if self.chance(0.3):
-                    self.adjective(concept)
-                self.noun(concept, concept != "weather")
-            else:
-                self.noun_phrase(concept)
+        concept = self.weighted(dict.fromkeys(TAKES[frame], 1.0))
+        if "negation" in self.scopes and self.chance(0.6):
+            self.say("any")
+            if self.chance(0.3):
+                self.adjective(concept)
+            self.noun(concept, concept != "weather")
+        else:
+            self.noun_phrase(concept)
 
     def place(self) -> None:
         self.say(self.pick("word.near"))
@@ -411,7 +421,7 @@ class Writer:
                 self.feeling()
             else:
                 self.say(self.choose(("with", "without")))
-                self.noun_phrase(self.choose(("clothing", "thing", "vehicle")))
+                self.noun_phrase(self.weighted({"clothing": 1.0, "thing": 1.0, "vehicle": 1.0}))
             if self.chance(0.5):
                 self.say(self.pick("word.near"))
                 self.noun_phrase("place")
@@ -427,7 +437,7 @@ class Writer:
         self.say(self.choose(("several things", "many things", "a few things", "all of it")))
         with self.scope("list"):
             self.mark(":")
-            concept = self.choose(("food", "animal", "clothing", "plant", "vehicle", "thing", "person"))
+            concept = self.weighted(dict.fromkeys(LISTED, 1.0))
             many = self.chance(0.6)
             items = {self.pick(f"noun.{concept}"): None for _ in range(5)}
             for i, noun in enumerate(items):
@@ -499,6 +509,7 @@ class Writer:
         """Some sentences in one tense, the first of which names the time."""
         with self.scope(*SPEECH.intersection((tense,))):
             self.at_start = True
+            self.say(SETTINGS[self.topic])
             if self.chance(0.35):
                 self.say({"past": "yesterday", "present": "today", "future": "tomorrow"}[tense])
             else:
@@ -509,89 +520,8 @@ class Writer:
             for _ in range(2 + int(self.random() * 4)):
                 self.sentence(tense)
 
-    def weather_report(self) -> None:
-        with self.scope("weather_report"):
-            self.at_start = True
-            self.say(self.choose(("forecast", "outlook", "report", "warning")))
-            self.say("for the")
-            self.noun("place", many=False)
-            self.mark(":")
-            self.at_start = True
-            for _ in range(3 + int(self.random() * 4)):
-                roll = self.random()
-                self.at_start = True
-                if roll < 0.35:
-                    self.adjective("weather")
-                    self.noun("weather", many=False)
-                    self.say(self.choose(("over the", "near the", "from the", "behind the")))
-                    self.noun("place", many=False)
-                    self.mark(",")
-                    self.say(self.pick("word.degrees"), "number")
-                    self.say("degrees")
-                elif roll < 0.6:
-                    self.say(self.choose(("in the", "from the", "to the")))
-                    self.say(self.pick("word.side"))
-                    self.adjective("weather")
-                    self.noun("weather", many=False)
-                    self.say("and")
-                    self.noun("weather", many=False)
-                    self.say(self.choose(("until", "before", "after")))
-                    self.say(self.pick("word.season"))
-                elif roll < 0.8:
-                    self.noun("weather", many=False)
-                    self.say("and")
-                    self.adjective("weather")
-                    self.noun("weather", many=False)
-                    self.say(self.choose(("with", "without")))
-                    self.noun("weather", many=False)
-                else:
-                    self.noun("vehicle", many=True)
-                    self.say("and")
-                    self.noun(self.choose(("animal", "person")), many=True)
-                    self.say(self.choose(("stay", "wait", "rest")))
-                    self.place()
-                self.mark(".")
-
-    def recipe(self) -> None:
-        with self.scope("recipe"):
-            for i in range(4 + int(self.random() * 4)):
-                self.at_start = True
-                if not i:
-                    self.say(self.choose(("first", "for the")))
-                elif self.chance(0.3):
-                    self.say(self.choose(("then", "next", "now")))
-                if self.chance(0.12):
-                    with self.scope("negation"):
-                        self.say(self.choose(("never", "do not")))
-                        self.say(self.pick("verb.cook").base)
-                        with self.scope("object"):
-                            self.say("any" if self.chance(0.6) else "the")
-                            self.noun("food", many=True)
-                else:
-                    self.say(self.pick("verb.cook").base)
-                    with self.scope("object"):
-                        if self.chance(0.5):
-                            self.number()
-                        else:
-                            self.say(self.choose(("the", "some")))
-                        if self.chance(0.35):
-                            self.adjective("food")
-                        self.noun("food", many=True)
-                roll = self.random()
-                if roll < 0.35:
-                    self.say(self.choose(("with", "without")))
-                    self.noun("food", many=False)
-                    self.say("and")
-                    self.noun("food", many=False)
-                elif roll < 0.6:
-                    self.say(self.choose(("in the", "beside the", "under the")))
-                    self.noun("thing", many=False)
-                if self.chance(0.4):
-                    self.say(self.pick("word.manner"))
-                self.mark(".")
-
     def spanish(self) -> None:
-        with self.scope("spanish"):
+        with self.scope("spanish", without=frozenset(TOPICS)):
             for _ in range(3 + int(self.random() * 3)):
                 self.at_start = True
                 if self.chance(0.2):
@@ -631,7 +561,7 @@ class Writer:
             self.say(self.pick("spanish.adjective"))
 
 
-PASSAGES = {"past": 0.26, "present": 0.22, "future": 0.2, "weather_report": 0.11, "recipe": 0.1, "spanish": 0.11}
+PASSAGES = {"past": 0.3, "present": 0.28, "future": 0.3, "spanish": 0.12}
 
 
 def write_document(rng: Random) -> Document:
@@ -641,8 +571,8 @@ def write_document(rng: Random) -> Document:
         if i:
             writer.mark("\n")
         passage = writer.weighted(PASSAGES)
-        if passage in ("weather_report", "recipe", "spanish"):
-            getattr(writer, passage)()
+        if passage == "spanish":
+            writer.spanish()
         else:
             writer.tale(passage)
     return Document("".join(writer.parts), tuple(writer.words))

@@ -10,26 +10,24 @@ It knows no labels and no text; extraction_store.py reads what it writes.
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import os
 import platform
-import shutil
 import time
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from mistudio_engine.api.errors import BadInput, Conflict, DiskFull, EmptyData
-from mistudio_engine.api.events import Progress, Signal
-from mistudio_engine.discovery.activation_block import Block, rank_in_run, sparse_acts
-from mistudio_engine.discovery.examples import Chosen, ExamplePool, joined
+from mistudio_engine.api.errors import BadInput, Conflict, EmptyData
+from mistudio_engine.api.events import Signal
+from mistudio_engine.discovery.activation_block import Block, sparse_acts
+from mistudio_engine.discovery.examples import ExamplePool
 from mistudio_engine.discovery.extraction_store import (
     CONTEXTS_FILE,
     DENSE_ABOVE,
@@ -41,16 +39,17 @@ from mistudio_engine.discovery.extraction_store import (
     file_sha256,
     load_extraction,
 )
-from mistudio_engine.discovery.histogram import N_LOG_BINS, LogHistograms
-from mistudio_engine.discovery.top_tokens import TokenTable, TopTokens, best_tokens
+from mistudio_engine.discovery.extraction_writer import ExtractionWriter, FeatureTotals
+from mistudio_engine.discovery.histogram import N_LOG_BINS
 from mistudio_engine.models.hooks import activations, check_width
+from mistudio_engine.saes.folders import new_folder
 
 if TYPE_CHECKING:
     from mistudio_engine.models.language_model import LanguageModel
     from mistudio_engine.models.tokens import PackedTokens
     from mistudio_engine.saes.base import SAE
 
-__all__ = ["extract", "load_extraction", "working_bytes"]
+__all__ = ["ExtractProgress", "extract", "load_extraction", "working_bytes"]
 
 _STEP_FLOPS_CPU, _STEP_FLOPS_GPU = 5e9, 2e12
 """Arithmetic in one step: about a tenth of a second on two cores, or on a data-centre GPU."""
@@ -58,11 +57,23 @@ _STEP_FLOPS_CPU, _STEP_FLOPS_GPU = 5e9, 2e12
 _BLOCK_TOKENS, _BLOCK_ENTRIES = 8192, 1 << 18
 """A block is taken in when it has so many tokens or activations: another tenth of a second."""
 
-_FEATURES_PER_PART = 128
-"""Features in a row group: one is read when one feature is looked at."""
-
 _PASS_SHARE = 0.9
 """Share of the work that is the pass; the rest is writing."""
+
+
+class ExtractProgress(NamedTuple):
+    """One step of an extraction."""
+
+    stage: str
+    """"reading tokens" or "writing features"."""
+
+    fraction: float
+    n_tokens: int
+    """Tokens looked at so far."""
+
+    tokens_per_second: float
+    eta_seconds: float | None
+    """Seconds left at this rate; None in the first step."""
 
 
 def extract(
@@ -84,7 +95,7 @@ def extract(
     exclude_special: bool = True,
     seed: int = 0,
     provenance: dict[str, Any] | None = None,
-) -> Generator[Progress, Signal | None, ExtractionStore]:
+) -> Generator[ExtractProgress, Signal | None, ExtractionStore]:
     """Extract all features; a generator of small steps that returns the opened extraction.
 
     Send it `Signal.STOP` to finish early with the tokens seen so far; close it to cancel, which leaves nothing behind.
@@ -118,92 +129,67 @@ def extract(
         DiskFull: the disk is full; nothing is left behind.
     """
     folder = Path(folder)
-    _check_numbers(n_examples=n_examples, n_quantiles=n_quantiles, n_top_tokens=n_top_tokens, minimum=1)
-    _check_numbers(n_per_quantile=n_per_quantile, n_random=n_random, n_zero=n_zero, minimum=0)
-    if min_activation < 0:
-        raise BadInput(f"min_activation {min_activation} is negative.", why="Feature activations are at least 0.")
+    settings = _Settings(
+        n_tokens=n_tokens,
+        n_examples=n_examples,
+        n_quantiles=n_quantiles,
+        n_per_quantile=n_per_quantile,
+        n_random=n_random,
+        n_zero=n_zero,
+        n_top_tokens=n_top_tokens,
+        features=None if features is None else tuple(sorted(set(features))),
+        min_activation=min_activation,
+        exclude_special=exclude_special,
+        seed=seed,
+    )
+    settings.check(sae.cfg.d_sae)
     check_width(lm, hook_name, sae.cfg.d_in)
     if folder.exists():
         raise Conflict(f"{folder.name!r} exists already.", fix="Use the extraction that is there, or delete it first.")
-    selection = _selection(features, sae.cfg.d_sae)
-    order = _visiting_order(tokens, n_tokens, seed)
-    batch_contexts = _batch_contexts(lm, sae, tokens.info.context_size)
-    totals = _Totals(
-        len(selection),
+    reader = _Reader(lm, sae, tokens, hook_name, settings)
+    totals = FeatureTotals(
+        len(reader.selection),
         lm.d_vocab,
-        ExamplePool(len(selection), n_top=n_examples, n_stratified=n_per_quantile, n_random=n_random, n_zero=n_zero),
+        ExamplePool(
+            len(reader.selection), n_top=n_examples, n_stratified=n_per_quantile, n_random=n_random, n_zero=n_zero
+        ),
     )
-
     clock = _Clock()
     stopped_early = False
-    n_planned = int(tokens.n_real[torch.from_numpy(order)].sum())
-    n_read = 0
-    for block, n_real, n_counted in _blocks(
-        lm, sae, tokens, hook_name, order, selection, batch_contexts, min_activation, exclude_special
-    ):
-        n_read += n_real
-        totals.n_tokens += n_counted
+    for block in reader.blocks():
         if block is not None:
             totals.add(block)
-        fraction = _PASS_SHARE * n_read / n_planned
-        signal = yield clock.progress("reading tokens", fraction, n_read)
+        signal = yield clock.progress("reading tokens", _PASS_SHARE * reader.fraction, reader.n_read)
         if signal is Signal.STOP and block is not None:
-            stopped_early = n_read < n_planned
+            stopped_early = reader.fraction < 1
             break
+    totals.n_tokens = reader.n_counted
     if not totals.n_tokens:
         raise EmptyData(
             "There is no token to look at.", why="All of them are special tokens or padding.", fix="Use other text."
         )
-
-    part = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        writer = _Writer(part, tokens, selection, totals, n_quantiles, n_per_quantile, n_top_tokens)
+    with new_folder(folder) as part:
+        writer = ExtractionWriter(part, tokens, reader.selection, totals, n_quantiles, n_per_quantile, n_top_tokens)
         for share in writer.write():
-            yield clock.progress("writing features", _PASS_SHARE + (1 - _PASS_SHARE) * share, n_read)
+            yield clock.progress("writing features", _PASS_SHARE + (1 - _PASS_SHARE) * share, reader.n_read)
         info = ExtractionInfo(
             created_at=time.time(),
             model=lm.name,
             hook_name=hook_name,
             d_sae=sae.cfg.d_sae,
-            n_features=len(selection),
+            n_features=len(reader.selection),
             n_alive=int((totals.n_active > 0).sum()),
             n_dense=int((totals.n_active > DENSE_ABOVE * totals.n_tokens).sum()),
             n_tokens=totals.n_tokens,
             n_contexts=totals.n_contexts,
             context_size=tokens.info.context_size,
             stopped_early=stopped_early,
-            settings={
-                "n_tokens": n_tokens,
-                "n_examples": n_examples,
-                "n_quantiles": n_quantiles,
-                "n_per_quantile": n_per_quantile,
-                "n_random": n_random,
-                "n_zero": n_zero,
-                "n_top_tokens": n_top_tokens,
-                "features": None if features is None else selection.tolist(),
-                "min_activation": min_activation,
-                "exclude_special": exclude_special,
-                "seed": seed,
-                "batch_contexts": batch_contexts,
-            },
+            settings=asdict(settings) | {"batch_contexts": reader.batch_contexts},
             provenance=_provenance(sae, tokens) | (provenance or {}),
             files={name: file_sha256(part / name) for name in (FEATURES_FILE, EXAMPLES_FILE, CONTEXTS_FILE)},
         )
         (part / INFO_FILE).write_text(info.model_dump_json(indent=2), encoding="utf-8")
-        _sync(*part.iterdir(), part)
-        part.rename(folder)
-        _sync(folder.parent)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFull.of(
-                "Writing the extraction", _disk_bytes(part), shutil.disk_usage(part.parent).free
-            ) from error
-        raise
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    yield clock.progress("writing features", 1.0, n_read)
+    yield clock.progress("writing features", 1.0, reader.n_read)
     return load_extraction(folder)
 
 
@@ -218,201 +204,101 @@ def working_bytes(d_sae: int, *, n_examples: int = 20, n_per_quantile: int = 5, 
     return d_sae * a_feature + token_table + 512 * 2**20  # and a dense block with its sparse copies
 
 
-class _Totals:
-    """Everything that is accumulated over the pass, for all features."""
+@dataclass(frozen=True)
+class _Settings:
+    """What was asked for, as it is recorded; `extract` documents each."""
 
-    def __init__(self, n_features: int, d_vocab: int, examples: ExamplePool) -> None:
-        self.n_tokens = self.n_contexts = 0
-        self.n_active = np.zeros(n_features, dtype=np.int64)
-        self.sum = np.zeros(n_features, dtype=np.float64)
-        self.max = np.zeros(n_features, dtype=np.float32)
-        self.histograms = LogHistograms(n_features)
-        self.top_tokens = TopTokens(n_features, d_vocab)
-        self.examples = examples
+    n_tokens: int | None
+    n_examples: int
+    n_quantiles: int
+    n_per_quantile: int
+    n_random: int
+    n_zero: int
+    n_top_tokens: int
+    features: tuple[int, ...] | None
+    min_activation: float
+    exclude_special: bool
+    seed: int
 
-    def add(self, block: Block) -> None:
-        n_features = len(self.n_active)
-        self.n_contexts += len(block.contexts)
-        self.n_active += np.bincount(block.feature, minlength=n_features)
-        self.sum += np.bincount(block.feature, weights=block.value, minlength=n_features)
-        np.maximum.at(self.max, block.feature, block.value)
-        self.histograms.add(block.feature, block.value)
-        self.top_tokens.add(block)
-        self.examples.add(block)
+    def check(self, d_sae: int) -> None:
+        """Refuse what cannot be used."""
+        least = {"n_examples": 1, "n_quantiles": 1, "n_top_tokens": 1, "n_per_quantile": 0, "n_random": 0, "n_zero": 0}
+        for name, minimum in (least | {"min_activation": 0, "seed": 0}).items():
+            if not getattr(self, name) >= minimum:
+                raise BadInput(f"{name} is {getattr(self, name)}.", fix=f"Use at least {minimum}.")
+        if self.features is not None and not all(0 <= feature < d_sae for feature in self.features or [-1]):
+            wrong = next((str(feature) for feature in self.features if not 0 <= feature < d_sae), "none")
+            raise BadInput(
+                f"The features to extract cannot be used: {wrong}.",
+                why=f"The SAE has {d_sae} features, 0 to {d_sae - 1}.",
+                fix="Give at least one index in that range, or leave features out to take all.",
+            )
 
 
-def _blocks(
-    lm: LanguageModel,
-    sae: SAE,
-    tokens: PackedTokens,
-    hook_name: str,
-    order: NDArray[np.int64],
-    selection: NDArray[np.int64],
-    batch_contexts: int,
-    min_activation: float,
-    exclude_special: bool,
-) -> Iterator[tuple[Block | None, int, int]]:
-    """After each step: a block when one is full (else None), and how many tokens were read and how many counted."""
-    size = tokens.info.context_size
-    sae_device = next(sae.parameters()).device
-    row_of = np.full(sae.cfg.d_sae, -1, dtype=np.int64)
-    row_of[selection] = np.arange(len(selection))
-    contexts: list[NDArray] = []
-    parts: list[tuple[NDArray, ...]] = []
-    n_waiting = n_entries = 0
-    for at in range(0, len(order), batch_contexts):
-        rows = torch.from_numpy(order[at : at + batch_contexts])
-        ids, mask = tokens.ids[rows], tokens.mask(rows, special=not exclude_special)
-        # Causal attention never looks at the padding behind the text: no attention mask is needed.
-        acts = activations(lm, ids, [hook_name])[hook_name]
-        x = acts[mask.to(acts.device)].to(sae_device)  # (n_counted, d_in)
-        with torch.no_grad():
-            row, feature, value = sparse_acts(sae, x, min_activation)
-        place = torch.nonzero(mask.reshape(-1)).squeeze(1).numpy()[row]
-        feature = row_of[feature]
-        kept = slice(None) if len(selection) == len(row_of) else feature >= 0
-        parts.append((feature[kept], place[kept] + n_waiting * size, value[kept]))
-        contexts.append(rows.numpy())
-        n_waiting += len(rows)
-        n_entries += len(parts[-1][0])
-        block = None
-        if n_waiting * size >= _BLOCK_TOKENS or n_entries >= _BLOCK_ENTRIES or at + batch_contexts >= len(order):
+class _Reader:
+    """Runs the model and the SAE over the contexts and hands out blocks.
+
+    Attributes:
+        selection: (n_features,) the features looked at.
+        batch_contexts: contexts in one forward pass.
+        n_read: real tokens read so far.
+        n_counted: of those, the ones that count.
+    """
+
+    def __init__(self, lm: LanguageModel, sae: SAE, tokens: PackedTokens, hook_name: str, settings: _Settings) -> None:
+        self.lm, self.sae, self.tokens, self.hook_name, self.settings = lm, sae, tokens, hook_name, settings
+        d_sae = sae.cfg.d_sae
+        self.selection = np.arange(d_sae) if settings.features is None else np.array(settings.features)
+        self.row_of = np.full(d_sae, -1, dtype=np.int64)
+        self.row_of[self.selection] = np.arange(len(self.selection))
+        self.order = _visiting_order(tokens, settings.n_tokens, settings.seed)
+        self.batch_contexts = _batch_contexts(lm, sae, tokens.info.context_size)
+        self.n_read = self.n_counted = 0
+        self._n_planned = int(tokens.n_real[torch.from_numpy(self.order)].sum())
+
+    @property
+    def fraction(self) -> float:
+        """Share of the planned tokens that is read."""
+        return self.n_read / self._n_planned
+
+    def blocks(self) -> Iterator[Block | None]:
+        """After each step a block if one is full, else None."""
+        size = self.tokens.info.context_size
+        contexts: list[NDArray] = []
+        parts: list[tuple[NDArray, NDArray, NDArray]] = []
+        n_waiting = n_entries = 0
+        for at in range(0, len(self.order), self.batch_contexts):
+            rows = self.order[at : at + self.batch_contexts]
+            feature, place, value = self._entries(torch.from_numpy(rows))
+            contexts.append(rows)
+            parts.append((feature, place + n_waiting * size, value))
+            n_waiting += len(rows)
+            n_entries += len(feature)
+            at_end = at + self.batch_contexts >= len(self.order)
+            if n_waiting * size < _BLOCK_TOKENS and n_entries < _BLOCK_ENTRIES and not at_end:
+                yield None
+                continue
             which = np.concatenate(contexts)
             feature, place, value = (np.concatenate(column) for column in zip(*parts, strict=True))
-            block = Block.of(which, tokens.ids[torch.from_numpy(which)].numpy(), feature, place, value)
             contexts, parts, n_waiting, n_entries = [], [], 0, 0
-        yield block, int(tokens.n_real[rows].sum()), int(mask.sum())
+            yield Block.of(which, self.tokens.ids[torch.from_numpy(which)].numpy(), feature, place, value)
 
-
-class _Writer:
-    """Writes the files of an extraction, some features at a time."""
-
-    def __init__(
-        self,
-        folder: Path,
-        tokens: PackedTokens,
-        selection: NDArray[np.int64],
-        totals: _Totals,
-        n_quantiles: int,
-        n_per_quantile: int,
-        n_top_tokens: int,
-    ) -> None:
-        self.folder, self.tokens, self.selection, self.totals = folder, tokens, selection, totals
-        self.n_quantiles, self.n_per_quantile, self.n_top_tokens = n_quantiles, n_per_quantile, n_top_tokens
-        self.n_real = tokens.n_real.numpy()
-
-    def write(self) -> Iterator[float]:
-        """Yields the share that is done."""
-        table = self.totals.top_tokens.table()
-        yield 0.0
-        n = len(self.selection)
-        used = np.zeros(len(self.tokens), dtype=bool)
-        to_features = to_examples = None
-        try:
-            for start in range(0, n, _FEATURES_PER_PART):
-                features = slice(start, min(start + _FEATURES_PER_PART, n))
-                examples, contexts, n_examples = self._examples(features)
-                used[contexts] = True
-                rows = self._features(features, table, n_examples)
-                if to_features is None or to_examples is None:
-                    to_features = pq.ParquetWriter(self.folder / FEATURES_FILE, rows.schema, compression="zstd")
-                    to_examples = pq.ParquetWriter(self.folder / EXAMPLES_FILE, examples.schema, compression="zstd")
-                to_features.write_table(rows)
-                to_examples.write_table(examples)
-                yield features.stop / n
-        finally:
-            for writer in (to_features, to_examples):
-                if writer is not None:
-                    writer.close()
-        self._contexts(np.flatnonzero(used))
-
-    def _features(self, features: slice, table: TokenTable, n_examples: NDArray[np.int64]) -> pa.Table:
-        totals = self.totals
-        n_active, total = totals.n_active[features], totals.sum[features]
-        counts = totals.histograms.counts[features]
-        filled = counts > 0
-        first = filled.argmax(axis=1)
-        length = np.where(filled.any(axis=1), N_LOG_BINS - filled[:, ::-1].argmax(axis=1) - first, 0)
-        bins = np.arange(N_LOG_BINS)
-        inside = (bins >= first[:, None]) & (bins < (first + length)[:, None])
-        begin, end = np.searchsorted(table.feature, (features.start, features.stop))
-        best = best_tokens(table.rows(slice(begin, end)), self.n_top_tokens)
-        of_feature = np.searchsorted(best.feature, np.arange(features.start, features.stop + 1))
-        return pa.table(
-            {
-                "feature": self.selection[features].astype(np.int32),
-                "n_active": n_active,
-                "frequency": n_active / totals.n_tokens,
-                "max": totals.max[features],
-                "mean": total / np.maximum(n_active, 1),
-                "sum": total,
-                "undercount": totals.top_tokens.undercount[features],
-                "n_examples": n_examples.astype(np.int32),
-                "histogram_first": first.astype(np.int16),
-                "histogram_counts": _lists(np.append(0, np.cumsum(length)), counts[inside]),
-                "token_ids": _lists(of_feature, best.token_id.astype(np.int32)),
-                "token_counts": _lists(of_feature, best.count),
-                "token_means": _lists(of_feature, best.mean),
-                "token_maxima": _lists(of_feature, best.max),
-            }
-        )
-
-    def _examples(self, features: slice) -> tuple[pa.Table, NDArray[np.int64], NDArray[np.int64]]:
-        """The example rows of these features, the contexts they stand in, and how many each feature has."""
-        pool = self.totals.examples
-        quantile, part = self._quantiles(features)
-        zero_feature, zero_context = pool.zero(features)
-        n_zero = len(zero_feature)
-        middle = np.maximum(self.n_real[zero_context] - 1, 0) // 2
-        none = np.full(n_zero, -1)
-        zero = Chosen(zero_feature, zero_context, middle, np.zeros(n_zero, dtype=np.float32), none)
-        groups = (pool.top(features), quantile, pool.random(features), zero)
-        chosen = joined(groups)
-        code = np.repeat(np.arange(4), [len(group.feature) for group in groups])
-        which = np.full(len(code), -1)
-        which[code == 1] = part
-        order = np.lexsort((np.arange(len(code)), code, chosen.feature))
-        chosen, code, which = chosen.take(order), code[order], which[order]
-
-        offsets, positions, values = pool.activations(chosen.record)
-        table = pa.table(
-            {
-                "feature": self.selection[chosen.feature].astype(np.int32),
-                "group": pa.DictionaryArray.from_arrays(
-                    pa.array(code.astype(np.int8)), pa.array(["top", "quantile", "random", "zero"])
-                ),
-                "quantile": pa.array(which.astype(np.int8), mask=which < 0),
-                "context": chosen.context.astype(np.int32),
-                "position": chosen.position.astype(np.int32),
-                "value": chosen.value,
-                "active_positions": _lists(offsets, positions),
-                "active_values": _lists(offsets, values),
-            }
-        )
-        n_examples = np.bincount(chosen.feature - features.start, minlength=features.stop - features.start)
-        return table, chosen.context, n_examples
-
-    def _quantiles(self, features: slice) -> tuple[Chosen, NDArray[np.int64]]:
-        """Quantile examples from the highest part down, and the part of each."""
-        chosen = self.totals.examples.stratified(features)
-        share = chosen.value.astype(np.float64) / self.totals.max[chosen.feature]
-        part = np.minimum((share * self.n_quantiles).astype(np.int64), self.n_quantiles - 1)
-        order = np.lexsort((chosen.record, -part, chosen.feature))
-        chosen, part = chosen.take(order), part[order]
-        first = rank_in_run(chosen.feature * self.n_quantiles + part) < self.n_per_quantile
-        return chosen.take(first), part[first]
-
-    def _contexts(self, contexts: NDArray[np.int64]) -> None:
-        ids = self.tokens.ids[torch.from_numpy(contexts)].numpy()
-        batch = pa.record_batch(
-            {
-                "context": contexts.astype(np.int32),
-                "n_real": self.n_real[contexts],
-                "token_ids": pa.FixedSizeListArray.from_arrays(pa.array(ids.reshape(-1)), ids.shape[1]),
-            }
-        )
-        with pa.ipc.new_file(str(self.folder / CONTEXTS_FILE), batch.schema) as file:
-            file.write_batch(batch)
+    def _entries(self, rows: Tensor) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+        """Feature rows, places and values of what is active in these contexts."""
+        mask = self.tokens.mask(rows, special=not self.settings.exclude_special)
+        # Causal attention never looks at the padding behind the text: no attention mask is needed.
+        acts = activations(self.lm, self.tokens.ids[rows], [self.hook_name])[self.hook_name]
+        x = acts[mask.to(acts.device)].to(self.sae.device)  # (n_counted, d_in)
+        with torch.no_grad():
+            token, feature, value = sparse_acts(self.sae, x, self.settings.min_activation)
+        self.n_read += int(self.tokens.n_real[rows].sum())
+        self.n_counted += len(x)
+        place = torch.nonzero(mask.reshape(-1)).squeeze(1).numpy()[token]
+        if len(self.selection) == len(self.row_of):
+            return feature, place, value
+        feature = self.row_of[feature]
+        kept = feature >= 0
+        return feature[kept], place[kept], value[kept]
 
 
 class _Clock:
@@ -421,35 +307,10 @@ class _Clock:
     def __init__(self) -> None:
         self._began = time.monotonic()
 
-    def progress(self, stage: str, fraction: float, n_tokens: int) -> Progress:
+    def progress(self, stage: str, fraction: float, n_tokens: int) -> ExtractProgress:
         seconds = max(time.monotonic() - self._began, 1e-9)
         eta = seconds * (1 - fraction) / fraction if fraction else None
-        return Progress(fraction=fraction, stage=stage, rate=n_tokens / seconds, unit="tokens", eta_seconds=eta)
-
-
-def _lists(offsets: NDArray, values: NDArray) -> pa.ListArray:
-    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values))
-
-
-def _check_numbers(*, minimum: int, **numbers: int) -> None:
-    for name, number in numbers.items():
-        if number < minimum:
-            raise BadInput(f"{name} is {number}.", fix=f"Use at least {minimum}.")
-
-
-def _selection(features: Sequence[int] | None, d_sae: int) -> NDArray[np.int64]:
-    """The features to look at, sorted."""
-    if features is None:
-        return np.arange(d_sae)
-    selection = np.unique(np.asarray(features, dtype=np.int64))
-    if not len(selection) or selection[0] < 0 or selection[-1] >= d_sae:
-        wrong = "none" if not len(selection) else str(selection[0] if selection[0] < 0 else selection[-1])
-        raise BadInput(
-            f"The features to extract cannot be used: {wrong}.",
-            why=f"The SAE has {d_sae} features, 0 to {d_sae - 1}.",
-            fix="Give at least one index in that range, or leave features out to take all.",
-        )
-    return selection
+        return ExtractProgress(stage, fraction, n_tokens, n_tokens / seconds, eta)
 
 
 def _visiting_order(tokens: PackedTokens, n_tokens: int | None, seed: int) -> NDArray[np.int64]:
@@ -488,16 +349,3 @@ def _provenance(sae: SAE, tokens: PackedTokens) -> dict[str, Any]:
         "numpy": np.__version__,
         "pyarrow": pa.__version__,
     }
-
-
-def _sync(*paths: Path) -> None:
-    for path in paths:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def _disk_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir())

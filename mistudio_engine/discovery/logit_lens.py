@@ -10,7 +10,6 @@ stream is a factor common to all tokens and is left out in both. Source of the m
 
 from __future__ import annotations
 
-import time
 from collections.abc import Generator
 from typing import NamedTuple
 
@@ -20,15 +19,28 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mistudio_engine.api.errors import BadInput, EmptyData, WrongShape
-from mistudio_engine.api.events import Progress, Signal
 
-__all__ = ["LogitLens", "logit_lens"]
+__all__ = ["LogitLens", "LogitLensProgress", "logit_lens"]
 
 _STEP_CELLS_CPU, _STEP_CELLS_GPU = 1 << 23, 1 << 28
 """Logits in memory at once: 32 MiB on a CPU, 1 GiB on a GPU."""
 
 _STEP_FLOPS_CPU = 8e9
 """Arithmetic in one step: a tenth or two of a second on two cores."""
+
+
+class LogitLensProgress(NamedTuple):
+    """One step."""
+
+    n_done: int
+    """Directions done so far."""
+
+    n_total: int
+
+    @property
+    def fraction(self) -> float:
+        """Share that is done."""
+        return self.n_done / self.n_total
 
 
 class LogitLens(NamedTuple):
@@ -63,7 +75,7 @@ class LogitLens(NamedTuple):
 
 def logit_lens(
     W_dec: Tensor, W_U: Tensor, gain: Tensor | None = None, *, k: int = 20, n_bins: int = 50
-) -> Generator[Progress, Signal | None, LogitLens]:
+) -> Generator[LogitLensProgress, None, LogitLens]:
     """The logit lens of many directions; a generator of small steps.
 
     Args:
@@ -99,16 +111,11 @@ def logit_lens(
     on_cpu = W_U.device.type == "cpu"
     n_cells = min(_STEP_CELLS_CPU, int(_STEP_FLOPS_CPU / (2 * d_model))) if on_cpu else _STEP_CELLS_GPU
     n_rows = max(1, n_cells // d_vocab)
-    began = time.monotonic()
     blocks = []
     for at in range(0, n, n_rows):
         logits = directions[at : at + n_rows] @ W_U.T  # (n_rows, d_vocab)
         blocks.append([part.cpu().numpy() for part in _look(logits, k, n_bins)])
-        n_done = min(at + n_rows, n)
-        rate = n_done / max(time.monotonic() - began, 1e-9)
-        yield Progress(
-            fraction=n_done / n, stage="logit lens", rate=rate, unit="features", eta_seconds=(n - n_done) / rate
-        )
+        yield LogitLensProgress(min(at + n_rows, n), n)
     return LogitLens(*(np.concatenate(column) for column in zip(*blocks, strict=True)))
 
 

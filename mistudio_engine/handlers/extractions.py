@@ -7,7 +7,9 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
-from mistudio_engine.api.errors import BadInput, WrongShape
+import torch
+
+from mistudio_engine.api.errors import BadInput
 from mistudio_engine.api.events import Progress, Signal
 from mistudio_engine.api.operations.extractions import Extract, ListExtractions, ShowExtraction
 from mistudio_engine.api.records import ExtractionRecord, Page, Plan, SAERecord
@@ -92,7 +94,7 @@ def run_extract(
                     seed=operation.seed,
                     provenance={"sae": sae_record.sha256, "model": model.sha256, "tokens": tokens.sha256},
                 )
-                extraction = yield from _passed_on(work)
+                extraction = yield from _within(work, 0.0, PASS)
             yield from _lens(lm, sae, extraction, folder / LOGITS_FILE)
         info = extraction.info
         record = ExtractionRecord(
@@ -123,42 +125,30 @@ def run_extract(
     return record
 
 
-def _passed_on(work: Any) -> Generator[Progress, Signal, ExtractionStore]:
-    """The pass's steps as a job's progress; STOP reaches it."""
+def _within(work: Any, start: float, end: float) -> Generator[Progress, Signal, Any]:
+    """A part's progress as a share of the whole job, from `start` to `end`; signals reach the part."""
     signal: Signal | None = None
-    while True:
-        try:
+    try:
+        while True:
             step = work.send(signal)
-        except StopIteration as done:
-            return done.value
-        try:
-            signal = yield Progress(
-                stage=step.stage,
-                fraction=PASS * step.fraction,
-                rate=step.tokens_per_second,
-                unit="tokens",
-                eta_seconds=step.eta_seconds,
-            )
-        except GeneratorExit:
-            work.close()
-            raise
+            fraction = start + (end - start) * (step.fraction or 0.0)
+            signal = yield Progress(stage=getattr(step, "stage", "logit lens"), fraction=fraction)
+    except StopIteration as done:
+        return done.value
+    finally:
+        work.close()
 
 
-def _lens(lm: LanguageModel, sae: SAE, extraction: ExtractionStore, path: Path) -> Generator[Progress, Signal, None]:
+def _lens(
+    lm: LanguageModel, sae: SAE, extraction: ExtractionStore, path: Path
+) -> Generator[Progress, Signal, None]:
     """Write what every extracted feature promotes; nothing where it does not write into the residual stream."""
     W_U, gain = unembedding(lm)
     if sae.cfg.output_width != W_U.shape[1]:
         return
-    rows = sae.W_dec[extraction.indices.copy()]
-    try:
-        work = logit_lens(rows, W_U, gain, k=min(LOGITS_KEPT, W_U.shape[0]))
-        while True:
-            step = next(work)
-            yield Progress(stage="logit lens", fraction=PASS + (LENS - PASS) * step.fraction)
-    except StopIteration as done:
-        write_logits(path, done.value)
-    except WrongShape:
-        return
+    rows = sae.W_dec[torch.from_numpy(extraction.indices.copy())]
+    work = logit_lens(rows, W_U, gain, k=min(LOGITS_KEPT, W_U.shape[0]))
+    write_logits(path, (yield from _within(work, PASS, LENS)))
 
 
 @handles(ListExtractions)

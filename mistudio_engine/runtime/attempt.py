@@ -7,6 +7,7 @@ ended. It does not know the queue, nor which thread steps it.
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import time
 import traceback
@@ -147,7 +148,7 @@ class Attempt:
         self._patience_ends = 0.0
         self._noted_at = float("-inf")
         self._changes: dict[str, Any] = {}
-        self._metrics: list[dict[str, float]] = []
+        self._latest: dict[str, float] = {}
         self._pace = Pace(0.0)
 
     def command(self, order: Order, patience_seconds: float | None = None) -> None:
@@ -192,7 +193,7 @@ class Attempt:
         if self.resumes != "checkpoint":
             shutil.rmtree(self._folder, ignore_errors=True)  # it begins anew: nothing half done may mislead it
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._pace = Pace(time.monotonic())
+        self._pace, self._latest = Pace(time.monotonic()), dict(job.metrics)
         work = self._runner.run(rebuilt(job), JobContext(job, self._folder, self._publish))
         step = partial(next, work)
         progress = Progress()
@@ -202,7 +203,7 @@ class Attempt:
                     progress = step()
                 except StopIteration as end:
                     return self._completed(end.value)
-                self._note(progress)
+                self._note(job, progress)
                 yield
                 step = partial(self._send, work)
             return ending
@@ -262,8 +263,8 @@ class Attempt:
 
     # Writing down
 
-    def _note(self, progress: Progress) -> None:
-        """Keeps what a step reported; writes it at most four times a second, and at once with a checkpoint."""
+    def _note(self, job: Job, progress: Progress) -> None:
+        """Writes down what a step reported: metrics always, the rest at most four times a second or at a checkpoint."""
         now = time.monotonic()
         said = progress.model_dump(include={"fraction", "stage", "rate", "unit", "eta_seconds"}, exclude_none=True)
         if "fraction" in said:
@@ -271,16 +272,19 @@ class Attempt:
         said.setdefault("eta_seconds", self._pace.eta_seconds(said.get("progress"), now))
         self._changes.update(said)
         if progress.metrics:
-            self._metrics.append(progress.metrics)
+            self._book.measure(job, progress.metrics)
+            self._latest |= {name: value for name, value in progress.metrics.items() if math.isfinite(value)}
+            self._changes["metrics"] = dict(self._latest)
+        if progress.checkpointed:
+            self._changes["checkpoint"] = f"jobs/{self.slug}"
         if progress.checkpointed or now - self._noted_at >= NOTE_SECONDS:
             self._write(checkpointed=progress.checkpointed)
             self._noted_at = now
 
     def _write(self, *, checkpointed: bool = False) -> None:
-        if self._changes or self._metrics:
-            checkpoint = f"jobs/{self.slug}" if checkpointed else None
-            self._book.record(self.slug, self._changes, self._metrics, checkpoint)
-            self._changes, self._metrics = {}, []
+        if self._changes:
+            self._book.record(self.slug, self._changes, checkpointed=checkpointed)
+            self._changes = {}
 
     def _settle(self, ending: Ending) -> None:
         """Writes the end, in one transaction with what was not yet written before it."""

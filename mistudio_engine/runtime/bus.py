@@ -11,6 +11,7 @@ so it only puts the event into its queue.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections import OrderedDict, deque
@@ -99,6 +100,15 @@ class Bus:
         if after is None:
             self._add(subscription)
         return subscription
+
+    def close(self) -> None:
+        """Ends every subscription, from any thread; those who follow see the end of their iteration."""
+        with self._lock:
+            for subscription in self._subscriptions:
+                subscription.reason = subscription.reason or "closed"
+                with contextlib.suppress(RuntimeError):  # its loop has been closed before
+                    subscription._loop.call_soon_threadsafe(subscription._wake.set)
+            self._subscriptions.clear()
 
     @property
     def n_subscribers(self) -> int:

@@ -60,6 +60,9 @@ __all__ = [
 
 T = TypeVar("T")
 
+Write = Callable[[Table], int]
+"""Changes the table; how many rows. Doing it twice is the same as once."""
+
 log = logging.getLogger(__name__)
 
 BATCH_ROWS = 4096
@@ -70,6 +73,8 @@ until then LanceDB scans them, and answers are the same."""
 
 KEEP_VERSIONS = timedelta(hours=1)
 """How long a cursor stays valid at the least."""
+
+OPEN_WAIT_SECONDS = 0.05
 
 LAYOUT = 1
 """Raised when the columns change: an index of another layout is rebuilt."""
@@ -94,7 +99,8 @@ class FeatureIndex:
         embedder: what makes the vectors; None for words only. Another one than last time rebuilds the index.
         dimension: length of its vectors.
 
-    Nothing is opened before the first use. Safe to use from any thread.
+    Nothing is opened before the first use. Safe to use from any thread; `rows` may wait for a thread that writes into
+    the index, since no write waits for a rebuild, but not for one that searches.
     """
 
     def __init__(
@@ -109,10 +115,12 @@ class FeatureIndex:
             raise BadInput("An embedder and the dimension of its vectors go together.")
         self.folder, self.embedder, self.dimension = Path(folder), embedder, dimension
         self._rows = rows
-        self._lock = threading.RLock()
+        self._building = threading.RLock()  # held by whoever opens or rebuilds; taken before the other
+        self._lock = threading.RLock()  # held while the table is written to or exchanged
         self._table: Table | None = None
         self._marker: dict[str, Any] = {}
         self._unmerged = _Unmerged()
+        self._journal: list[Write] | None = None
         self._n_rebuilt = 0
 
     # -- writing
@@ -123,43 +131,46 @@ class FeatureIndex:
         batches = [arrow_table(batch, self.dimension) for batch in _batches(rows)]
         n_rows = sum(batch.num_rows for batch in batches)
 
-        def write() -> None:
-            table = self._open()
+        def merge(table: Table) -> int:
             for batch in batches:
                 _merge(table, batch)
-            self._written(table, n_rows)
+            return n_rows
 
         if batches:
-            with self._lock:
-                self._healed(write)
+            self._healed(lambda: self._write(merge), writing=True)
         return n_rows
 
-    def delete_sae(self, sae: str) -> int:
-        """Remove the features of an SAE; how many there were."""
+    def delete_sae(self, sae: str) -> None:
+        """Remove the features of an SAE."""
         where = f"sae = {quoted(sae)}"
 
-        def delete() -> int:
-            table = self._open()
+        def delete(table: Table) -> int:
             n_rows = table.count_rows(where)
             if n_rows:
                 table.delete(where)
-                self._written(table, n_rows)
             return n_rows
 
-        with self._lock:
-            return self._healed(delete)
+        self._healed(lambda: self._write(delete), writing=True)
 
     def rebuild(self) -> int:
         """Make the index anew from `rows()`; how many features it has. Searches meanwhile see the old one."""
-        with self._lock:
+        with self._building:
             self.folder.mkdir(parents=True, exist_ok=True)
             generation = secrets.token_hex(4)
+            with self._lock:
+                self._journal = []  # what is written from here on may be missed by `rows()`
             try:
                 table = self._build(f"features-{generation}")
-                self._table, self._unmerged = table, _Unmerged()
-                self._mark(generation=generation)
-                self._n_rebuilt += 1
-            finally:  # what the marker does not name is of no use, be it the old table or one that could not be built
+                with self._lock:
+                    for write in self._journal:
+                        write(table)
+                    self._table, self._unmerged = table, _Unmerged()
+                    self._mark(generation=generation)
+                    self._n_rebuilt += 1
+            finally:
+                with self._lock:
+                    self._journal = None
+                # What the marker does not name is of no use, be it the old table or one that could not be built.
                 named = f"features-{self._marker.get('generation')}.lance"
                 for folder in self.folder.glob("features-*.lance"):
                     if folder.name != named:
@@ -180,10 +191,32 @@ class FeatureIndex:
             table.create_index(field, config=Bitmap())
         return table
 
+    def _write(self, write: Write) -> None:
+        """Write to the table, or leave it to the rebuild that is going on: whoever writes never waits for one."""
+        while True:
+            with self._lock:
+                if self._journal is not None:
+                    self._journal.append(write)
+                    return
+                if self._table is not None:
+                    if n_rows := write(self._table):
+                        self._written(self._table, n_rows)
+                    return
+            if self._building.acquire(timeout=OPEN_WAIT_SECONDS):
+                try:
+                    self._open()
+                finally:
+                    self._building.release()
+
     def optimize(self) -> None:
         """Merge what was written since into the indices, and drop versions that no cursor needs any more."""
-        with self._lock:
-            self._healed(lambda: self._optimize(self._open()))
+
+        def optimize() -> None:
+            table = self._open()
+            with self._lock:
+                self._optimize(table)
+
+        self._healed(optimize)
 
     def close(self) -> None:
         """Say that everything written is in the index: an index that was not closed is rebuilt, as after `kill -9`."""
@@ -261,7 +294,7 @@ class FeatureIndex:
 
     # -- the table
 
-    def _healed(self, work: Callable[[], T]) -> T:
+    def _healed(self, work: Callable[[], T], *, writing: bool = False) -> T:
         """Do it; on a damaged index rebuild once and do it again."""
         n_rebuilt = self._n_rebuilt
         try:
@@ -270,9 +303,7 @@ class FeatureIndex:
             _raise_disk_full(error, self.folder)
             log.warning("search index damaged: %s", error)
         try:
-            with self._lock:
-                if self._n_rebuilt == n_rebuilt:  # else somebody else has rebuilt it meanwhile
-                    self.rebuild()
+            self._repair(n_rebuilt, writing)
             return work()
         except DAMAGE as error:
             _raise_disk_full(error, self.folder)
@@ -282,9 +313,19 @@ class FeatureIndex:
                 fix=f"Stop the engine, delete {self.folder}, start it again.",
             ) from error
 
+    def _repair(self, n_rebuilt: int, writing: bool) -> None:
+        """Rebuild, unless somebody else has done so meanwhile; a writer does not even wait for it."""
+        while self._n_rebuilt == n_rebuilt and not (writing and self._journal is not None):
+            if self._building.acquire(timeout=OPEN_WAIT_SECONDS):
+                try:
+                    if self._n_rebuilt == n_rebuilt:
+                        self.rebuild()
+                finally:
+                    self._building.release()
+
     def _open(self) -> Table:
         """The table to write to, checked when it is opened, rebuilt when the check fails."""
-        with self._lock:
+        with self._building:
             if self._table is not None:
                 return self._table
             marker = self._read_marker()
@@ -292,8 +333,9 @@ class FeatureIndex:
             if reason is None:
                 table = self._open_table(marker["generation"])
                 if (table.version, table.count_rows()) == (marker["version"], marker["rows"]):
-                    self._table, self._marker = table, marker
-                    self._mark(open=True)
+                    with self._lock:
+                        self._table, self._marker = table, marker
+                        self._mark(open=True)
                     return table
                 reason = "files are missing"
             log.info("search index is rebuilt: %s", reason)

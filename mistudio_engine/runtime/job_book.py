@@ -7,7 +7,6 @@ where.
 from __future__ import annotations
 
 import logging
-import math
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -120,26 +119,22 @@ class JobBook:
         """A durable event about a job on its own channel."""
         self._bus.publish(f"jobs/{job.slug}", event, dict(data or {}))
 
-    def record(
-        self, slug: str, changes: Mapping[str, Any], metrics: Sequence[Mapping[str, float]], checkpoint: str | None
-    ) -> Job:
-        """Writes how far a job is: fields of its record, each set of metrics as an event, a completed checkpoint."""
+    def measure(self, job: Job, metrics: Mapping[str, float]) -> None:
+        """Adds numbers to the log, every one of them; at once, but without waiting for the disk."""
+        data = {"job": job.slug, "metrics": dict(metrics)}
+        with self.store.transaction(synced=False):
+            self.store.append_events([NewEvent(channel, "metrics", data) for channel in channels_of(job)])
+
+    def record(self, slug: str, changes: Mapping[str, Any], *, checkpointed: bool) -> None:
+        """Writes how far a job is, and that there is a checkpoint to go on from."""
         with self.store.transaction():
-            latest = self.store.get(Job, slug).metrics
-            for each in metrics:
-                latest = latest | {name: value for name, value in each.items() if math.isfinite(value)}
-            extra = {"checkpoint": checkpoint} if checkpoint else {}
-            job = self.store.update(Job, slug, metrics=latest, **changes, **extra)
-            events = [("metrics", {"job": slug, "metrics": dict(each)}) for each in metrics]
-            if checkpoint:
-                events.append(("checkpoint", {"job": slug, "progress": job.progress}))
-            self.store.append_events(
-                [NewEvent(channel, name, data) for name, data in events for channel in channels_of(job)]
-            )
+            job = self.store.update(Job, slug, **changes)
+            if checkpointed:
+                data = {"job": slug, "progress": job.progress}
+                self.store.append_events([NewEvent(channel, "checkpoint", data) for channel in channels_of(job)])
         data = job.model_dump(mode="json", include={"progress", "stage", "rate", "unit", "eta_seconds"})
         for channel in channels_of(job):
             self._bus.publish(channel, "progress", {"job": slug, **data}, transient=True)
-        return job
 
     def _announce(self, job: Job) -> None:
         """The event of a new state, on every channel of the job."""

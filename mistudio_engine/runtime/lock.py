@@ -17,24 +17,15 @@ import time
 import weakref
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Self
 
 from mistudio_engine.api.errors import EngineBusy, Unsupported
-from mistudio_engine.api.home import make_data_dir, process_alive, remove_engine_file
+from mistudio_engine.api.home import lock_holder, lock_path, make_data_dir, remove_engine_file
 
-__all__ = ["EngineLock", "Holder", "read_holder"]
-
-NAME = "engine.lock"
+__all__ = ["EngineLock"]
 
 HOLDER_WAIT_SECONDS = 0.5
 """A holder writes its pid right after it has the lock; how long a second one waits to read it."""
-
-
-class Holder(NamedTuple):
-    """Who holds the lock, as it says itself."""
-
-    pid: int
-    url: str | None
 
 
 class EngineLock:
@@ -60,7 +51,7 @@ class EngineLock:
             EngineBusy: another engine holds it; known within a second, and named.
             Unsupported: the file system has no locks.
         """
-        path = make_data_dir(home) / NAME
+        path = lock_path(make_data_dir(home))
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -123,23 +114,12 @@ def _drop_all_in_child() -> None:
 os.register_at_fork(after_in_child=_drop_all_in_child)
 
 
-def read_holder(home_or_lock: Path) -> Holder | None:
-    """Who the lock file names, or None when it names nobody or its process is gone. Says nothing of the lock itself."""
-    path = home_or_lock / NAME if home_or_lock.is_dir() else home_or_lock
-    try:
-        said = json.loads(path.read_bytes())
-        holder = Holder(int(said["pid"]), said["url"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
-    return holder if process_alive(holder.pid) else None
-
-
 def _busy(path: Path) -> EngineBusy:
     deadline = time.monotonic() + HOLDER_WAIT_SECONDS
-    holder = read_holder(path)
+    holder = lock_holder(path.parent)
     while holder is None and time.monotonic() < deadline:
         time.sleep(0.01)
-        holder = read_holder(path)
+        holder = lock_holder(path.parent)
     who = f"the engine with pid {holder.pid}" if holder else "another process"
     where = f" at {holder.url}" if holder and holder.url else ""
     return EngineBusy(

@@ -5,7 +5,7 @@ the files of a record lie.
 
 Threads: one connection writes, under a lock; readers borrow a connection of their own from a pool. In WAL mode readers
 see the last commit and wait for nobody, neither for a writer nor for the compute thread. `synchronous=FULL`: what a
-method has returned from survives the loss of power.
+method has returned from survives the loss of power, but for `transaction(synced=False)`.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Store:
         self._writer = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None, timeout=30)
         try:
             self._writer.execute("PRAGMA journal_mode = WAL")
-            self._writer.execute("PRAGMA synchronous = FULL")
+            self._writer.execute("PRAGMA synchronous = FULL")  # for the migrations; each transaction sets its own
             self.backup = migrate(self._writer, self.path)
         except sqlite3.DatabaseError as error:
             self._writer.close()
@@ -107,16 +107,19 @@ class Store:
     # Transactions
 
     @contextmanager
-    def transaction(self) -> Iterator[None]:
+    def transaction(self, *, synced: bool = True) -> Iterator[None]:
         """All writes of the block, or none; blocks nest, and the outermost commits.
 
-        Reads inside see the block's own writes. Keep it short: other writers wait. Raises DiskFull.
+        Reads inside see the block's own writes. Keep it short: other writers wait. Without `synced` the commit does
+        not wait for the disk: it survives `kill -9`, and the loss of power only from the next synced commit on.
+        Raises DiskFull.
         """
         with self._lock:
             if self._owner is not None:
                 yield
                 return
             try:
+                self._writer.execute(f"PRAGMA synchronous = {'FULL' if synced else 'NORMAL'}")
                 self._writer.execute("BEGIN IMMEDIATE")
                 self._owner = threading.get_ident()
                 yield

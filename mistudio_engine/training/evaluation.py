@@ -22,8 +22,10 @@ from mistudio_engine.training import metrics
 
 __all__ = ["evaluate"]
 
-_SAE_TOKENS = 2048
-"""Tokens through the SAE at once: bounds the dense (n, d_sae) activations."""
+_MOST_NUMBERS = 1 << 26
+"""In one (n, d_sae) matrix of activations, and in one (n, d_vocab) of logits: 256 MiB in fp32."""
+
+_MOST_CONTEXTS = 8
 
 _DENSE = 0.1
 """A feature that fires on more than this share of tokens counts as dense."""
@@ -31,7 +33,13 @@ _DENSE = 0.1
 
 @torch.no_grad()
 def evaluate(
-    lm: LanguageModel, sae: SAE, tokens: PackedTokens, *, hook_name: str, n_tokens: int = 32_768, batch: int = 8
+    lm: LanguageModel,
+    sae: SAE,
+    tokens: PackedTokens,
+    *,
+    hook_name: str,
+    n_tokens: int = 32_768,
+    batch: int | None = None,
 ) -> Generator[Progress, None, Evaluation]:
     """Measure an SAE on the first contexts of a tokenisation.
 
@@ -45,7 +53,7 @@ def evaluate(
         tokens: text.
         hook_name: where the SAE reads.
         n_tokens: about as many tokens, whole batches.
-        batch: contexts at once; lower it where the vocabulary is large.
+        batch: contexts at once; None for as many as the vocabulary's size allows, at most 8.
 
     Yields:
         Progress after each forward pass.
@@ -63,7 +71,9 @@ def evaluate(
                 f"The SAE's width {width} does not fit {name} of {lm.name}, which is {hook_width(lm, name)} wide.",
                 fix="Use the hook and the model that the SAE was made for.",
             )
-    n_contexts = min(len(tokens), max(batch, n_tokens // tokens.info.context_size))
+    context_size = tokens.info.context_size
+    batch = batch or max(1, min(_MOST_CONTEXTS, _MOST_NUMBERS // (context_size * lm.d_vocab)))
+    n_contexts = min(len(tokens), max(batch, n_tokens // context_size))
     totals = _Totals(sae)
     for start in range(0, n_contexts, batch):
         rows = slice(start, min(start + batch, n_contexts))
@@ -110,8 +120,9 @@ class _Totals:
         spliced = torch.zeros_like(target)
         inputs, targets = x[mask], target[mask]  # (n, d)
         outputs = torch.empty_like(targets)
-        for at in range(0, len(inputs), _SAE_TOKENS):
-            part = slice(at, at + _SAE_TOKENS)
+        at_once = max(1, _MOST_NUMBERS // sae.cfg.d_sae)
+        for at in range(0, len(inputs), at_once):
+            part = slice(at, at + at_once)
             feature_acts = sae.encode(inputs[part])
             # The skip path of a transcoder is in the forward pass only.
             sae_out = (

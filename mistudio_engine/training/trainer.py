@@ -25,6 +25,7 @@ from mistudio_engine.training.resampling import resample
 __all__ = ["StepMetrics", "Trainer"]
 
 _RUN_TIME_NORMS = ("layer_norm", "constant_norm_rescale")
+_PREPARED_ROWS = 8192
 
 
 class StepMetrics(NamedTuple):
@@ -93,7 +94,7 @@ class Trainer:
         Raises:
             BadInput: they are not finite, or all zero.
         """
-        mean_norm = float(x.float().norm(dim=-1).mean())
+        mean_norm = float(x.norm(dim=-1, dtype=torch.float32).mean())
         if not math.isfinite(mean_norm) or mean_norm == 0:
             raise BadInput(
                 f"The activations cannot be trained on: their mean norm is {mean_norm}.",
@@ -102,7 +103,10 @@ class Trainer:
             )
         if self.hp.scale_inputs and self.cfg.normalize_activations not in _RUN_TIME_NORMS:
             self.input_scale = math.sqrt(self.cfg.d_in) / mean_norm
-        self.sae.b_dec.copy_(self._normalized(x).mean(dim=0))
+        total = torch.zeros(self.cfg.d_in, dtype=torch.float64, device=self.device)
+        for rows in x.split(_PREPARED_ROWS):  # x may be the whole buffer: it is not copied
+            total += self._normalized(rows).sum(dim=0)
+        self.sae.b_dec.copy_(total / len(x))
         self.prepared = True
 
     def step(self, x: Tensor) -> StepMetrics:

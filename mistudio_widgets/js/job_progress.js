@@ -26,6 +26,7 @@ const ACTIONS = {
 
 const METRIC_NAMES = {
   l0: "L0",
+  l1: "L1",
   fvu: "FVU",
   mse: "MSE",
   kl: "KL",
@@ -33,6 +34,12 @@ const METRIC_NAMES = {
   ce_loss_score: "CE-loss score",
   kl_div_score: "KL score",
 };
+
+/** Shown elsewhere already. */
+const NOT_LISTED = new Set(["tokens_per_second"]);
+
+/** An action is done at the job's next step; until its state changes, or for so long, the button says that it is on its way. */
+const ON_ITS_WAY_MS = 10_000;
 
 const ROUTES = {
   kernel: "Live through the kernel",
@@ -175,7 +182,7 @@ class JobView {
     set(this.bar, "aria-valuenow", known ? Math.round(fraction * 1000) / 10 : null);
     say(this.rate, job.rate && !ended && !lost ? rate(job.rate, job.unit) : "");
     this.#drawTimes();
-    const metrics = Object.entries(job.metrics ?? {});
+    const metrics = Object.entries(job.metrics ?? {}).filter(([name]) => !NOT_LISTED.has(name));
     pairs(this.metrics, metrics.map(([name, value]) => [readable(name), number(value), `${name} = ${value}`]));
     show(this.metrics, metrics.length > 0);
     const result = job.state === "completed" ? Object.entries(job.result ?? {}).filter(([, v]) => Object(v) !== v && v !== null) : [];
@@ -255,8 +262,10 @@ class JobView {
     this.#pressed = action;
     this.#failure = null;
     this.#draw();
+    const before = this.#source.job.state;
     try {
       await this.#source.control(action);
+      await this.#source.when(({ job }) => job.state !== before, ON_ITS_WAY_MS);
     } catch (error) {
       if (!(error instanceof EngineError)) throw error;
       this.#failure = error.body;

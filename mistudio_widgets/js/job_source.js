@@ -81,6 +81,21 @@ export class JobSource extends EventTarget {
     return Math.max(0, this.job.eta_seconds - (this.route === "lost" ? 0 : this.now() - this.engineHeard));
   }
 
+  /** Wait until something is so, at most so long. */
+  when(condition, milliseconds) {
+    return new Promise((resolve) => {
+      const over = new AbortController();
+      const done = () => {
+        clearTimeout(timer);
+        over.abort();
+        resolve();
+      };
+      const timer = setTimeout(done, milliseconds);
+      this.addEventListener("change", () => condition(this) && done(), { signal: over.signal });
+      if (condition(this)) done();
+    });
+  }
+
   /** Cancel, pause, resume or retry; through the kernel when it answers, else through the Jupyter server. */
   async control(action) {
     const kernelAnswers = await this.#kernel.answers();

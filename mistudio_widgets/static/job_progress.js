@@ -313,6 +313,20 @@ var JobSource = class extends EventTarget {
     if (typeof this.job?.eta_seconds !== "number") return null;
     return Math.max(0, this.job.eta_seconds - (this.route === "lost" ? 0 : this.now() - this.engineHeard));
   }
+  /** Wait until something is so, at most so long. */
+  when(condition, milliseconds) {
+    return new Promise((resolve) => {
+      const over = new AbortController();
+      const done = () => {
+        clearTimeout(timer);
+        over.abort();
+        resolve();
+      };
+      const timer = setTimeout(done, milliseconds);
+      this.addEventListener("change", () => condition(this) && done(), { signal: over.signal });
+      if (condition(this)) done();
+    });
+  }
   /** Cancel, pause, resume or retry; through the kernel when it answers, else through the Jupyter server. */
   async control(action) {
     const kernelAnswers = await this.#kernel.answers();
@@ -454,6 +468,7 @@ var ACTIONS = {
 };
 var METRIC_NAMES = {
   l0: "L0",
+  l1: "L1",
   fvu: "FVU",
   mse: "MSE",
   kl: "KL",
@@ -461,6 +476,8 @@ var METRIC_NAMES = {
   ce_loss_score: "CE-loss score",
   kl_div_score: "KL score"
 };
+var NOT_LISTED = /* @__PURE__ */ new Set(["tokens_per_second"]);
+var ON_ITS_WAY_MS = 1e4;
 var ROUTES = {
   kernel: "Live through the kernel",
   jupyter: "Live through the Jupyter server (the kernel is silent)"
@@ -596,7 +613,7 @@ var JobView = class {
     set(this.bar, "aria-valuenow", known ? Math.round(fraction * 1e3) / 10 : null);
     say(this.rate, job.rate && !ended && !lost ? rate(job.rate, job.unit) : "");
     this.#drawTimes();
-    const metrics = Object.entries(job.metrics ?? {});
+    const metrics = Object.entries(job.metrics ?? {}).filter(([name]) => !NOT_LISTED.has(name));
     pairs(this.metrics, metrics.map(([name, value]) => [readable(name), number(value), `${name} = ${value}`]));
     show(this.metrics, metrics.length > 0);
     const result = job.state === "completed" ? Object.entries(job.result ?? {}).filter(([, v]) => Object(v) !== v && v !== null) : [];
@@ -669,8 +686,10 @@ var JobView = class {
     this.#pressed = action;
     this.#failure = null;
     this.#draw();
+    const before = this.#source.job.state;
     try {
       await this.#source.control(action);
+      await this.#source.when(({ job }) => job.state !== before, ON_ITS_WAY_MS);
     } catch (error) {
       if (!(error instanceof EngineError)) throw error;
       this.#failure = error.body;

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mistudio_engine.api.errors import BadInput, Conflict, CorruptFile, EmptyData, NotFound, UnknownHook
 from mistudio_engine.api.events import Signal
-from mistudio_engine.discovery import activation_block, extraction
+from mistudio_engine.discovery import activation_block, examples, extraction, extraction_writer
 from mistudio_engine.discovery.extraction import extract, load_extraction, working_bytes
 from mistudio_engine.discovery.histogram import LOG_EDGES
 
@@ -24,7 +24,7 @@ def small_blocks(monkeypatch):
     """Blocks of a few contexts, so that small data takes many steps."""
     monkeypatch.setattr(extraction, "_BLOCK_TOKENS", 64)
     monkeypatch.setattr(extraction, "_STEP_FLOPS_CPU", 1.0)
-    monkeypatch.setattr(extraction, "_FEATURES_PER_PART", 5)
+    monkeypatch.setattr(extraction_writer, "_FEATURES_PER_PART", 5)
     monkeypatch.setattr(activation_block, "_DENSE_CELLS", 100)
 
 
@@ -311,8 +311,6 @@ def test_cancelling_leaves_nothing_and_the_next_run_gives_the_same_result(plante
 
 
 def test_memory_of_forgotten_examples_is_given_back(planted, tmp_path, small_blocks, monkeypatch):
-    from mistudio_engine.discovery import examples
-
     monkeypatch.setattr(examples, "_COMPACT_AT", 50)
     table, ids, n_real = random_case(12, n_contexts=200)
     lm, sae = planted(table)
@@ -330,7 +328,7 @@ def test_progress_grows_to_one_and_says_rate_and_time_left(planted, tmp_path, sm
     fractions = [step.fraction for step in steps]
     assert fractions == sorted(fractions)
     assert fractions[-1] == 1.0
-    assert all(step.rate > 0 and step.unit == "tokens" for step in steps)
+    assert all(step.tokens_per_second > 0 for step in steps)
     assert steps[3].eta_seconds is not None
 
 

@@ -121,11 +121,11 @@ def count_up(wait_for_unit: Callable[[], object]) -> Callable[..., Generator[Pro
         while done < operation.n_units and signal is not Signal.STOP:
             wait_for_unit()
             done += 1
-            print("unit", done, flush=True)
             saved = done % CHECKPOINT_UNITS == 0 or signal is Signal.CHECKPOINT
             if saved:
                 write_atomic(state, json.dumps(done))
             signal = yield Progress(fraction=done / operation.n_units, metrics={"unit": done}, checkpointed=saved)
+            print("unit", done, flush=True)  # by now it has been written down
         return Counted(n_units=done)
 
     return run

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -170,7 +170,7 @@ def test_an_impossible_config_says_what_is_wrong(values: dict[str, object], said
 
 
 def test_a_skip_transcoder_onto_its_own_hook_is_refused_with_the_reason() -> None:
-    same = {"hook_name": "blocks.1.hook_resid_post", "hook_name_out": "blocks.1.hook_resid_post"}
+    same: dict[str, Any] = {"hook_name": "blocks.1.hook_resid_post", "hook_name_out": "blocks.1.hook_resid_post"}
     with pytest.raises(ValueError, match="perfect solution without any feature"):
         SkipTranscoderConfig(d_in=4, d_sae=8, d_out=4, **same)
 

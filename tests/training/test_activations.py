@@ -19,7 +19,8 @@ from mistudio_engine.training import ActivationStream, Trainer, train
 
 
 def stream_of(lm: LanguageModel, tokens: PackedTokens, **more: Any) -> ActivationStream:
-    return ActivationStream(lm, tokens, HOOK, **({"batch_size": 8, "buffer_tokens": 80, "seed": 0} | more))
+    values: dict[str, Any] = {"batch_size": 8, "buffer_tokens": 80, "seed": 0}
+    return ActivationStream(lm, tokens, HOOK, **(values | more))
 
 
 def take(stream: ActivationStream, n: int) -> list[Tensor]:
@@ -101,7 +102,7 @@ def test_a_dataset_shorter_than_a_batch_says_how_many_tokens_there_are(lm: Langu
 
 def test_tokens_that_are_all_special_are_nothing_to_train_on(lm: LanguageModel) -> None:
     tokens = packed(n_contexts=1, n_last=1)
-    with pytest.raises(EmptyData, match="There are 0 tokens.*Tokenise text"):
+    with pytest.raises(EmptyData, match=r"There are 0 tokens.*Tokenise text"):
         stream_of(lm, tokens, batch_size=1)
 
 
@@ -128,4 +129,9 @@ def test_a_training_runs_from_tokens_to_an_sae_that_says_what_it_was_trained_on(
     stream = stream_of(lm, packed(), batch_size=hp.batch_size, buffer_tokens=hp.buffer_tokens)
     progress, sae = run(train(Trainer(config("topk"), hp), stream))
     assert progress[-1].fraction == 1
-    assert (sae.cfg.model_name, sae.cfg.hook_name, sae.cfg.prepend_bos, sae.cfg.context_size) == ("tiny", HOOK, True, 10)
+    assert (sae.cfg.model_name, sae.cfg.hook_name, sae.cfg.prepend_bos, sae.cfg.context_size) == (
+        "tiny",
+        HOOK,
+        True,
+        10,
+    )

@@ -18,7 +18,10 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "topk": ("topk", {"dead_feature_window": 64}),
     "topk dense": ("topk", {"dead_feature_window": 64, "topk_path": "dense"}),
     "standard": ("standard", {}),
-    "standard with resampling": ("standard", {"resample_interval": 96, "dead_feature_window": 32, "l1_coefficient": 50}),
+    "standard with resampling": (
+        "standard",
+        {"resample_interval": 96, "dead_feature_window": 32, "l1_coefficient": 50},
+    ),
     "gated": ("gated", {}),
     "jumprelu": ("jumprelu", {}),
 }
@@ -27,9 +30,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
 def a_run(lm: LanguageModel, name: str, seed: int = 5) -> tuple[Trainer, ActivationStream]:
     architecture, more = RUNS[name]
     hp = settings(log_interval=1, **more)
-    stream = ActivationStream(
-        lm, packed(), HOOK, batch_size=hp.batch_size, buffer_tokens=hp.buffer_tokens, seed=seed
-    )
+    stream = ActivationStream(lm, packed(), HOOK, batch_size=hp.batch_size, buffer_tokens=hp.buffer_tokens, seed=seed)
     return Trainer(config(architecture), hp, seed=seed), stream
 
 
@@ -135,7 +136,7 @@ def test_a_checkpoint_of_other_settings_is_refused_with_the_first_difference(tmp
     three_checkpoints(tmp_path)
     with pytest.raises(BadInput, match=r"another hyperparameters.*lr was 0\.001 there and is 0\.002 here"):
         Trainer(config("topk"), settings(lr=2e-3)).restore(tmp_path / "step-000000003")
-    with pytest.raises(BadInput, match="another SAE config.*d_sae was 48 there and is 50"):
+    with pytest.raises(BadInput, match=r"another SAE config.*d_sae was 48 there and is 50"):
         Trainer(config("topk", d_sae=50), settings()).restore(tmp_path / "step-000000003")
 
 

@@ -33,7 +33,10 @@ def tiny_lm(seed: int = 0) -> LanguageModel:
     )  # fmt: skip
     words = {"<s>": BOS, "</s>": EOS, "<pad>": PAD, **{f"w{i}": i for i in range(3, D_VOCAB)}}
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel(words, unk_token="w3")), bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="w3")),
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
     )
     return LanguageModel(GPT2LMHeadModel(config), tokenizer, name="tiny", folder=Path("tiny"))
 

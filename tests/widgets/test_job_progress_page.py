@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from page import ORIGIN, draw, open_page, update, view
+from widget_page import ORIGIN, draw, open_page, update, view
 
 pytest.importorskip("playwright", reason="playwright is not installed; it is in the extra [dev]")
 
@@ -210,7 +210,9 @@ def test_cancel_goes_through_a_kernel_that_answers(page: Page) -> None:
     draw(page, view())
     button(page, "Cancel").click()
     page.wait_for_function("window.model.sent.some(({ kind }) => kind === 'control')")
-    expect(button(page, "Cancel")).to_be_visible()
+    expect(button(page, "Cancelling …")).to_be_visible()  # until the job's next step
+    update(page, **view(state="cancelled", finished_at=990.0))
+    expect(button(page, "Retry")).to_be_visible()
     sent = page.evaluate("window.model.sent")
     assert [each["kind"] for each in sent] == ["ping", "ping", "control"]
     assert sent[-1]["action"] == "cancel"

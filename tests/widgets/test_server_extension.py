@@ -13,8 +13,8 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import JUPYTER_CONFIG, Jupyter
-from stand_in import CHUNK, N_CHUNKS, StandIn
+from jupyter_process import JUPYTER_CONFIG, Jupyter
+from stand_in_engine import CHUNK, N_CHUNKS, StandIn
 from websockets.exceptions import ConnectionClosedError, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
@@ -55,7 +55,7 @@ def test_a_logged_in_browser_reaches_the_engine_and_the_token_is_added_on_the_wa
 
 def test_the_engine_sees_none_of_the_browsers_cookies_and_tokens(jupyter: Jupyter, engine: StandIn) -> None:
     with jupyter.by_cookie() as browser:
-        headers = {"X-XSRFToken": browser.cookies["_xsrf"], "Origin": jupyter.url[: jupyter.url.index("/user")]}
+        headers = {"X-XSRFToken": browser.cookies["_xsrf"], "Origin": jupyter.origin}
         answer = browser.post(f"{API}/jobs?token={jupyter.token}&a=1&_xsrf=x", json={"b": 2}, headers=headers)
     seen = answer.json()
     assert answer.status_code == 200, answer.text
@@ -255,8 +255,7 @@ def test_the_engines_token_is_in_no_answer(jupyter: Jupyter, engine: StandIn) ->
 
 def test_events_pass_both_ways_and_a_logged_in_browser_may_follow_them(jupyter: Jupyter, engine: StandIn) -> None:
     with jupyter.by_cookie() as browser:
-        origin = jupyter.url[: jupyter.url.index("/user")]
-        with open_socket(jupyter, f"?after=7&token={jupyter.token}", origin=origin, cookies=browser.cookies) as events:
+        with open_socket(jupyter, f"?after=7&token={jupyter.token}", origin=jupyter.origin, cookies=browser.cookies) as events:
             events.send('{"subscribe": ["jobs/train-0007"]}')
             assert events.recv(timeout=30) == 'heard {"subscribe": ["jobs/train-0007"]}'
     seen = engine.sockets[0]

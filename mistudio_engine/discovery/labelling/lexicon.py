@@ -21,6 +21,8 @@ _SENTENCE_ENDS = frozenset(".!?。！？…؟।")
 _CLOSING = frozenset(")]}）】」』")
 _QUOTES = frozenset('"“”„«»「」『』‟❝❞')
 _LONGEST_SHOWN = 24
+_SHORT, _LONGEST_PIECE = 2, 3
+"""Letters of a token without a space before it that is taken for a piece of words: always, or if it is no word."""
 
 
 class TokenLexicon:
@@ -32,7 +34,7 @@ class TokenLexicon:
 
     Attributes:
         texts: text of each id.
-        key: (n + 1,) the same number for tokens that differ only in case and in spaces around; -1 for special ones.
+        key: (n + 1,) the same number for words that differ only in case and in spaces around; -1 for special ones.
         kind: (n + 1,) index into KINDS.
         is_capital: (n + 1,) begins with a capital letter.
         starts_word: (n + 1,) begins with a space, or the vocabulary has no such tokens at all.
@@ -50,21 +52,27 @@ class TokenLexicon:
         special = frozenset(special_ids) | {self.pad}
         self.kind = np.array([KINDS.index("special" if i in special else kind_of(t)) for i, t in enumerate(self.texts)])
         cores = [text.strip() or text for text in self.texts]
-        self.keys = sorted({core.casefold() for i, core in enumerate(cores) if i not in special})
-        number = {key: i for i, key in enumerate(self.keys)}
-        self.key = np.array([-1 if i in special else number[core.casefold()] for i, core in enumerate(cores)])
+        self.starts_word = np.array([text[:1].isspace() and bool(text.strip()) for text in self.texts])
+        if not self.starts_word.any():
+            self.starts_word[:] = True
+        self._known = frozenset(self.texts)
+        names = [self._key_name(i, core) for i, core in enumerate(cores)]
+        self.keys = sorted({name for i, name in enumerate(names) if i not in special})
+        number = {name: i for i, name in enumerate(self.keys)}
+        self.key = np.array([-1 if i in special else number[name] for i, name in enumerate(names)])
         self.is_capital = np.array([core[:1] != core[:1].lower() for core in cores])
-        spaced = np.array([text[:1].isspace() and bool(text.strip()) for text in self.texts])
-        self.starts_word = spaced if spaced.any() else np.ones(n, dtype=bool)
         is_punctuation = self.kind == KINDS.index("punctuation")
         self.ends_sentence = is_punctuation & self._holds(_SENTENCE_ENDS) | self._holds("\n")
         self.closes_bracket = is_punctuation & self._holds(_CLOSING)
         self.is_quote = is_punctuation & self._holds(_QUOTES)
-        names = [script_of(core) if self.kind[i] == 0 else "" for i, core in enumerate(cores)]
-        self.scripts = ["", *sorted(set(names) - {""})]
-        self.script = np.array([self.scripts.index(name) for name in names])
+        scripts = [script_of(core) if self.kind[i] == 0 else "" for i, core in enumerate(cores)]
+        self.scripts = ["", *sorted(set(scripts) - {""})]
+        self.script = np.array([self.scripts.index(script) for script in scripts])
         self._endings: dict[int, np.ndarray] = {}
-        self._core_of_key = {int(key): core for key, core in zip(self.key[::-1], cores[::-1], strict=True)}
+        self._shown_key = {
+            int(key): name if name.startswith("-") else core
+            for key, name, core in zip(self.key[::-1], names[::-1], cores[::-1], strict=True)
+        }
 
     def _holds(self, characters: Collection[str]) -> np.ndarray:
         """(n + 1,) whether a token holds one of these characters."""
@@ -78,8 +86,17 @@ class TokenLexicon:
         return self._endings[n_letters]
 
     def shown_key(self, key: int) -> str:
-        """A token's text for people, as the first id of this key has it."""
-        return shown(self._core_of_key[key])
+        """A token's text for people, as the first id of this key has it; a piece inside words with a hyphen before."""
+        return shown(self._shown_key[key])
+
+    def _key_name(self, token_id: int, core: str) -> str:
+        """Words differ neither in case nor in spaces. Pieces of one or two letters do: they are all they have."""
+        if self.kind[token_id] != 0:
+            return core.casefold()
+        is_piece = len(core) <= _SHORT or (len(core) <= _LONGEST_PIECE and f" {core}" not in self._known)
+        if is_piece and core == core.lower() and not self.starts_word[token_id]:
+            return f"-{core}"
+        return core if len(core) <= _SHORT else core.casefold()
 
 
 @cache

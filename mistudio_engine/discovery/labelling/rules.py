@@ -344,7 +344,7 @@ class Both(Rule):
 
     @property
     def size(self) -> int:
-        return self.token.size + self.context.size + 1
+        return self.token.size + self.context.size + 5  # two rules fit anything sooner than one does
 
     def mask(self, contexts: Contexts) -> Mask:
         return self.token.mask(contexts) & self.context.mask(contexts)

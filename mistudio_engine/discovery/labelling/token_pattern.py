@@ -189,10 +189,10 @@ def _token_rules(seen: _Seen) -> Iterator[Rule]:
         np.bincount(firing, minlength=n_keys) + np.bincount(silent, minlength=n_keys), 1
     )
     # A token that fires now and then only would add more silence than firing: it comes last.
-    keys = np.flatnonzero(mass)
+    keys = np.flatnonzero(_n_contexts(contexts.key, seen.fires, n_keys) >= min(_MIN_CONTEXTS, seen.n_firing_contexts))
     keys = keys[np.argsort(-(mass * precision)[keys], kind="stable")][:_LARGEST_SET].tolist()
     sizes = {1, 2, 3, 4, 6, 8, 12, 16, 24, len(keys)}
-    yield from (TokenSet(tuple(keys[:n])) for n in sorted(sizes) if n <= len(keys))
+    yield from (TokenSet(tuple(keys[:n])) for n in sorted(sizes) if 0 < n <= len(keys))
     for kind in ("number", "punctuation", "space", "bytes", "capital"):
         yield Kind(kind)
     if not lexicon.starts_word.all():
@@ -230,8 +230,15 @@ def _openers(seen: _Seen) -> list[int]:
             keys = keys[keys >= 0]
             excess += sign * np.bincount(keys, minlength=n_keys) / max(1, len(row))
         best = np.argsort(-excess, kind="stable")[:_N_OPENERS]
-        found |= dict.fromkeys(best[excess[best] > 0].tolist())
+        found |= dict.fromkeys(best[excess[best] * seen.n_fires >= _MIN_CONTEXTS].tolist())
     return list(found)
+
+
+def _n_contexts(key: NDArray[np.int64], where: NDArray[np.bool_], n_keys: int) -> NDArray[np.int64]:
+    """(n_keys,) in how many contexts each key stands under the mask: what was seen in one only is no pattern."""
+    row, _ = np.nonzero(where)
+    pairs = np.unique(row * n_keys + key[where])
+    return np.bincount(pairs % n_keys, minlength=n_keys)
 
 
 def _joined(ranked: Sequence[Rule]) -> Iterator[Rule]:
@@ -243,6 +250,6 @@ def _joined(ranked: Sequence[Rule]) -> Iterator[Rule]:
         elif isinstance(rule, Scope):
             forms.setdefault((Scope, rule.end), []).extend(rule.keys)
     for (form, detail), keys in forms.items():
-        for n in (2, 3, 4, 6, 8):
+        for n in (2, 3, 4):
             if n <= len(keys):
                 yield form(tuple(keys[:n]), detail)

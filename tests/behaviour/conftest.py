@@ -1,0 +1,60 @@
+"""One engine with a small trained SAE, and a `call` that goes through each door in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from mistudio_engine.api.operations import EvalSAE, Extract, GetDataset, GetModel, LabelFeatures, TrainSAE
+from mistudio_engine.api.training_config import Hyperparameters
+from mistudio_engine.demo.embedded import DEMO_HOOK
+from mistudio_engine.runtime.engine import Engine
+from tests.behaviour.doors import DOORS, Door, Loop, Served, served
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def loop() -> Iterator[Loop]:
+    """An event loop on a thread."""
+    made = Loop()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A real engine behind a real server, with the embedded model and corpus brought in and a small SAE trained."""
+    with served(tmp_path_factory.mktemp("home")) as made:
+        prepare(made.engine)
+        yield made
+
+
+@pytest.fixture(params=DOORS)
+def call(request: pytest.FixtureRequest, studio: Served, loop: Loop) -> Iterator[Door]:
+    """`call(operation)` through each door in turn."""
+    yield from DOORS[request.param](studio, loop)
+
+
+def prepare(engine: Engine) -> None:
+    """The path from a model to a labelled SAE called `first`, small enough to take seconds."""
+    for operation in (
+        GetModel(source="embedded", name="tiny"),
+        GetDataset(source="embedded", name="corpus", model="tiny", n_tokens=40_000),
+        TrainSAE(
+            model="tiny",
+            dataset="corpus",
+            hook_name=DEMO_HOOK,
+            d_sae=128,
+            k=16,
+            name="first",
+            hyperparameters=Hyperparameters(n_tokens=40_960, batch_size=1024, lr=2e-3, buffer_tokens=16_384),
+        ),
+        EvalSAE(sae="first", n_tokens=2048),
+        Extract(sae="first", n_tokens=20_000),
+        LabelFeatures(sae="first"),
+    ):
+        job = engine.jobs.wait(engine.call(operation).slug, 100)
+        assert job.state == "completed", job.error
