@@ -137,7 +137,7 @@ def extract(
         n_random=n_random,
         n_zero=n_zero,
         n_top_tokens=n_top_tokens,
-        features=None if features is None else tuple(sorted(set(features))),
+        features=None if features is None else tuple(sorted({int(feature) for feature in features})),
         min_activation=min_activation,
         exclude_special=exclude_special,
         seed=seed,
@@ -274,9 +274,9 @@ class _Reader:
             parts.append((feature, place + n_waiting * size, value))
             n_waiting += len(rows)
             n_entries += len(feature)
+            yield None  # taking a block in is a step of its own
             at_end = at + self.batch_contexts >= len(self.order)
             if n_waiting * size < _BLOCK_TOKENS and n_entries < _BLOCK_ENTRIES and not at_end:
-                yield None
                 continue
             which = np.concatenate(contexts)
             feature, place, value = (np.concatenate(column) for column in zip(*parts, strict=True))

@@ -132,6 +132,7 @@ def _bring_in(operation: GetDataset, engine: Engine, slug: str) -> Generator[Pro
     path = source.path
     if source.hub_id is not None:
         target = engine.home / "datasets" / slug
+        shutil.rmtree(target, ignore_errors=True)  # of an engine that died between the download and its record
         path = yield from engine.hub.download("dataset", source.hub_id, target, revision=operation.revision)
         record.folder = str(path.relative_to(engine.home))
     assert path is not None

@@ -104,7 +104,9 @@ def _same_model(engine: Engine, slug: str, operation: GetModel) -> ModelRecord |
 def _fetch(engine: Engine, source: Source, slug: str, revision: str | None) -> Generator[Progress, Signal, Path]:
     if source.hub_id is None:
         return _local_folder(source)
-    return (yield from engine.hub.download("model", source.hub_id, engine.home / "models" / slug, revision=revision))
+    target = engine.home / "models" / slug
+    shutil.rmtree(target, ignore_errors=True)  # of an engine that died between the download and its record
+    return (yield from engine.hub.download("model", source.hub_id, target, revision=revision))
 
 
 def _local_folder(source: Source) -> Path:

@@ -54,7 +54,7 @@ def plan_get_sae(operation: GetSAE, engine: Engine) -> Planned:
         detect_format(folder)
     stem = operation.name or slugify("-".join(part for part in (Path(operation.source).name, operation.path) if part))
     disk = (
-        engine.hub.size("model", source.hub_id, operation.revision, operation.path) if _remote(source, operation) else 0
+        engine.hub.size("sae", source.hub_id, operation.revision, operation.path or None) if _remote(source, operation) else 0
     )
     if operation.name is not None and engine.store.exists(SAERecord, operation.name):
         raise Conflict(f"sae/{operation.name} exists already.", fix="Give the new one another name.")
@@ -77,7 +77,7 @@ def run_get_sae(operation: GetSAE, engine: Engine, context: JobContext) -> Gener
         fetched = engine.home / "saes" / f"{slug}.download"
         shutil.rmtree(fetched, ignore_errors=True)
         yield from engine.hub.download(
-            "model", source.hub_id, fetched, revision=operation.revision, path=operation.path
+            "sae", source.hub_id, fetched, revision=operation.revision, path=operation.path or None
         )
         folder = fetched / operation.path
     else:

@@ -23,7 +23,7 @@ from pydantic import BaseModel
 from mistudio_engine.api.errors import DiskFull, Internal, MistudioError, Unreachable
 from mistudio_engine.api.events import Event, Progress, Signal
 from mistudio_engine.api.records import Job, JobState
-from mistudio_engine.runtime.files import free_bytes, is_disk_full
+from mistudio_engine.runtime.files import disk_full, is_disk_full
 from mistudio_engine.runtime.job_book import JobBook, rebuilt
 
 __all__ = ["Attempt", "Ending", "Host", "JobContext", "Order", "Runner", "interruption"]
@@ -172,7 +172,7 @@ class Attempt:
         except GeneratorExit:
             self._settle(self._interrupted())
             raise
-        except Exception as error:  # the edge between the engine and its jobs: a fault ends the job and nothing else
+        except BaseException as error:  # the edge between the engine and its jobs: a fault ends the job and no more
             ending = self._failure(job, error)
         self._settle(ending)
 
@@ -233,15 +233,15 @@ class Attempt:
         outcome = None if result is None else result.model_dump(mode="json")
         return Ending(JobState.COMPLETED, {"result": outcome, "progress": 1.0, "message": ""})
 
-    def _failure(self, job: Job, error: Exception) -> Ending:
+    def _failure(self, job: Job, error: BaseException) -> Ending:
         """What an exception means for the job."""
         if self._order is Order.CANCEL:
             return Ending(JobState.CANCELLED, {"message": ""})
         if is_disk_full(error):
-            free = free_bytes(self._folder)
-            error = DiskFull.of(job.ref, free + 1, free)
+            error = disk_full(job.ref, self._folder)
         if isinstance(error, DiskFull):
-            return Ending(JobState.PAUSED, {"message": str(error), "error": error.body})
+            message = f"{error.what} The job waits: make space, then resume it."
+            return Ending(JobState.PAUSED, {"message": message, "error": error.body})
         if isinstance(error, Unreachable):
             if self._order is Order.INTERRUPT:
                 return self._interrupted()

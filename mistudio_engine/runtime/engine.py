@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import anyio.to_thread
 from anyio import CapacityLimiter
@@ -29,11 +29,13 @@ from mistudio_engine.runtime.bus import Bus
 from mistudio_engine.runtime.compute import ComputeLane
 from mistudio_engine.runtime.files import sweep_parts
 from mistudio_engine.runtime.hub import Hub
-from mistudio_engine.runtime.index import FeatureIndex
 from mistudio_engine.runtime.jobs import JobContext, Jobs, Runner
 from mistudio_engine.runtime.memory import MemoryLedger
 from mistudio_engine.runtime.monitor import Monitor
 from mistudio_engine.runtime.store import Store
+
+if TYPE_CHECKING:
+    from mistudio_engine.runtime.index import FeatureIndex  # LanceDB takes a second to import: the handlers open it
 
 __all__ = ["Engine", "Registry", "caller"]
 
@@ -99,7 +101,9 @@ class Engine:
         self.monitor = Monitor(self.bus)
         self.index: FeatureIndex | None = None
         self._runners: dict[str, Runner] = {}
-        self.jobs = Jobs(self.store, self.bus, self.compute, self.home, self._runners)
+        # Offline nothing passes by itself: a retry would only wait.
+        backoff = {"backoff_seconds": ()} if self.offline else {}
+        self.jobs = Jobs(self.store, self.bus, self.compute, self.home, self._runners, **backoff)
         self._ready = threading.Event()
         self._start_error: BaseException | None = None
         self._submitting = threading.Lock()

@@ -18,10 +18,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
-from mistudio_engine.api.errors import Conflict, DiskFull, Forbidden
+from mistudio_engine.api.errors import Conflict, DiskFull, Forbidden, human_bytes
 
 __all__ = [
     "atomic_folder",
+    "disk_full",
     "free_bytes",
     "is_disk_full",
     "require_free",
@@ -170,6 +171,17 @@ def require_free(path: Path, n_bytes: int, what: str) -> None:
         raise DiskFull.of(what, n_bytes, free)
 
 
+def disk_full(what: str, path: Path, needed: int = 0) -> DiskFull:
+    """The error for a disk that was full; `needed` are the bytes that were wanted, 0 when nobody knows."""
+    free = free_bytes(path)
+    if needed > free:
+        return DiskFull.of(what, needed, free)
+    return DiskFull(
+        f"{what} needs more than the {human_bytes(free)} that are free on its disk, or its quota is used up.",
+        fix=DiskFull.of(what, needed, free).fix,
+    )
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Does the operating system say with this error that a disk or a quota is exhausted?"""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -181,7 +193,7 @@ def slugify(text: str) -> str:
     slug = re.sub(r"[^a-z0-9._-]+", "-", plain)
     slug = re.sub(r"\.{2,}", ".", slug).lstrip("._-")[:80].rstrip("._-")
     if slug.endswith(PART):
-        slug = slug.removesuffix(PART) + "-part"  # `sweep_parts` takes names that end in .part for garbage
+        slug = slug.removesuffix(PART)[:75] + "-part"  # `sweep_parts` takes names that end in .part for garbage
     return slug or "x-" + hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
 
 
@@ -229,5 +241,4 @@ def _disk_full(path: Path, what: str, needed: int = 0) -> Iterator[None]:
     except OSError as error:
         if not is_disk_full(error):
             raise
-        free = free_bytes(path.parent)
-        raise DiskFull.of(what, max(needed, free + 1), free) from error
+        raise disk_full(what, path, needed) from error

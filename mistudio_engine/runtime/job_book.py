@@ -2,6 +2,11 @@
 
 It keeps to the transitions of `job_states` and knows who waits for a job to come to rest. It does not know what runs
 where.
+
+Durable events of a job, on `jobs/{slug}` and on the channel of its subject: its new state (`queued`, `running`, …,
+`cancelled`) with `job, state, attempt, progress, stage, message` and, at the end, `result` or `error`; `metrics` with
+`job, metrics`; `checkpoint` with `job, progress`. Transient: `progress` with `job, progress, stage, rate, unit,
+eta_seconds`. On `jobs/{slug}` alone: `asked` with the `action`, `resumed`, `crashed`.
 """
 
 from __future__ import annotations

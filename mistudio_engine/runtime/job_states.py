@@ -62,7 +62,7 @@ POSSIBLE: dict[str, dict[str, bool]] = {
     JobState.QUEUED: {"cancel": True, "pause": True, "resume": False},
     JobState.RUNNING: {"cancel": True, "pause": True, "stop": True, "resume": False},
     JobState.PAUSING: {"cancel": True, "pause": False, "resume": True},
-    JobState.PAUSED: {"cancel": True, "pause": False, "resume": True},
+    JobState.PAUSED: {"cancel": True, "pause": False, "resume": True, "retry": True},
     JobState.INTERRUPTED: {"cancel": True, "resume": True, "retry": True},
     JobState.COMPLETED: {"stop": False},
     JobState.FAILED: {"retry": True},

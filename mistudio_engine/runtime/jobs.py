@@ -291,13 +291,13 @@ class Jobs:
 
     def _requeue(self, job: Job, **changes: Any) -> None:
         if job.operation not in self._runners:
-            error = Unsupported(
+            raise Unsupported(
                 f"{job.ref} was started by another version of miStudio.",
                 why=f"Nothing here carries out {job.operation!r}.",
                 fix="Make the call again for a new job.",
             )
-            self._book.move(job.slug, JobState.FAILED, error=error.body, message=str(error))
-        elif queued := self._book.move(job.slug, JobState.QUEUED, **changes):
+        queued = job if job.state == JobState.QUEUED else self._book.move(job.slug, JobState.QUEUED, **changes)
+        if queued is not None:
             self._store.after_commit(lambda: self._enqueue(queued))
 
     # The engine's start and end
@@ -315,19 +315,15 @@ class Jobs:
                 job = self.get(left.slug)
                 if job.slug in self._live or job.state != left.state:
                     continue  # submitted to this engine just now
-                if job.state == JobState.QUEUED:
-                    self._readmit(job)
-                else:
+                try:
+                    if job.state == JobState.QUEUED:
+                        self._requeue(job)
+                        continue
                     self._take_over(job)
-                    found.append(self.get(job.slug))
+                except Unsupported as error:
+                    self._book.move(job.slug, JobState.FAILED, error=error.body, message=str(error))
+                found.append(self.get(job.slug))
         return found
-
-    def _readmit(self, job: Job) -> None:
-        """A job that was waiting goes back to its lane."""
-        if job.operation in self._runners:
-            self._store.after_commit(lambda: self._enqueue(job))
-        else:
-            self._requeue(job)
 
     def _take_over(self, job: Job) -> None:
         """A job that an earlier engine was running or had interrupted."""

@@ -23,10 +23,10 @@ from typing import Any, NamedTuple, TypeVar
 
 from pydantic_core import from_json, to_json
 
-from mistudio_engine.api.errors import Conflict, CorruptFile, DiskFull, NotFound
+from mistudio_engine.api.errors import Conflict, CorruptFile, NotFound
 from mistudio_engine.api.events import Event
 from mistudio_engine.api.records import LabelRecord, Page, Record
-from mistudio_engine.runtime.files import free_bytes
+from mistudio_engine.runtime.files import disk_full
 from mistudio_engine.runtime.migrations import migrate
 from mistudio_engine.runtime.rows import (
     as_row,
@@ -129,8 +129,7 @@ class Store:
                     self._writer.execute("ROLLBACK")
                 self._after, self._appended = [], []
                 if isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode == sqlite3.SQLITE_FULL:
-                    free = free_bytes(self.path)
-                    raise DiskFull.of("The database", max(free + 1, 1 << 20), free) from error
+                    raise disk_full("The database", self.path) from error
                 raise
             finally:
                 self._owner = None

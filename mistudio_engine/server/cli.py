@@ -168,6 +168,7 @@ def doctor(home: Path | None) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """The console script; errors of ours are shown as what, why and what to do, without a trace."""
     from mistudio_engine.api.errors import MistudioError
+    from mistudio_engine.api.home import EXIT_BUSY
 
     try:
         cli.main(args=arguments, prog_name="mistudio", standalone_mode=True)
@@ -178,4 +179,4 @@ def main(arguments: list[str] | None = None) -> None:
             for part in (f"error: {error.what}", error.why, error.fix):
                 if part:
                     click.echo(part, err=True)
-        sys.exit(75 if error.code == "engine_busy" else 1)
+        sys.exit(EXIT_BUSY if error.code == "engine_busy" else 1)

@@ -92,8 +92,8 @@ function percent(fraction) {
   if (typeof fraction !== "number" || !Number.isFinite(fraction)) return "–";
   const value = fraction * 100;
   if (fraction < 1 && value >= 99.95) return "99.9 %";
-  if (value === 0) return "0 %";
-  return `${value < 10 ? value.toFixed(2) : value < 100 ? value.toFixed(1) : "100"} %`;
+  if (value < 1e-3) return "0 %";
+  return `${value.toPrecision(3)} %`;
 }
 function duration(seconds) {
   if (typeof seconds !== "number" || !Number.isFinite(seconds) || seconds < 0) return "–";

@@ -81,7 +81,10 @@ def test_a_file_that_cannot_be_put_in_place_leaves_no_part(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_no_space_left_is_a_typed_error(tmp_path: Path, code: int) -> None:
-    with pytest.raises(DiskFull, match="Writing sae needs"), atomic_folder(tmp_path / "sae"):
+    with (
+        pytest.raises(DiskFull, match=r"Writing sae needs more than the .* that are free"),
+        atomic_folder(tmp_path / "sae"),
+    ):
         raise OSError(code, os.strerror(code))
     assert os.listdir(tmp_path) == []
 
@@ -152,7 +155,7 @@ def test_a_slug_of_any_text_is_a_safe_name(text: str) -> None:
     slug = slugify(text)
     assert safe_path(Path("/nonexistent-root"), slug).name == slug
     assert slugify(slug) == slug
-    assert len(slug) <= 85
+    assert len(slug) <= 80
 
 
 def test_slugs_are_readable_and_never_look_partial() -> None:

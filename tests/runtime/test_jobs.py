@@ -18,7 +18,16 @@ import counting
 import pytest
 from counting import Count, Counted, Machine, Other, Puppet, count_up
 
-from mistudio_engine.api.errors import BadInput, Cancelled, Conflict, DiskFull, Internal, NotFound, Unreachable
+from mistudio_engine.api.errors import (
+    BadInput,
+    Cancelled,
+    Conflict,
+    DiskFull,
+    Internal,
+    NotFound,
+    Unreachable,
+    Unsupported,
+)
 from mistudio_engine.api.events import Progress, Signal
 from mistudio_engine.api.operations.base import OPERATIONS
 from mistudio_engine.api.records import Job, JobState, ModelRecord, TrainingRecord
@@ -349,6 +358,18 @@ def test_a_fault_of_ours_fails_the_job_only_and_its_trace_goes_to_the_log_only(
     assert puppet.started.get(timeout=SECONDS).job.slug == next_job.slug
 
 
+def test_a_job_that_wants_to_end_the_process_ends_itself_only(boot: Boot) -> None:
+    def leaves(operation: Count, context: Any) -> Any:
+        yield Progress()
+        sys.exit("goodbye")
+
+    machine = boot(run=leaves)
+    job = machine.jobs.submit(Count())
+    done = machine.jobs.wait(job.slug, SECONDS)
+    assert done.error is not None and "SystemExit" in done.error.what
+    assert machine.lane.run(lambda: "alive") == "alive"
+
+
 def test_a_retry_is_the_next_attempt_and_goes_on_from_the_checkpoint(boot: Boot, puppet: Puppet) -> None:
     machine = boot()
     job = running(machine, puppet)
@@ -413,9 +434,8 @@ def test_a_full_disk_pauses_the_job_until_there_is_space(boot: Boot, puppet: Pup
     job = running(machine, puppet)
     puppet.steps.put(error)
     paused = machine.jobs.wait(job.slug, SECONDS)
-    assert paused.state == "paused" and " of disk and " in paused.message and " is free" in paused.message
-    if isinstance(error, DiskFull):
-        assert "needs 5.0 GiB of disk and 1.0 GiB is free" in paused.message
+    needs = "needs 5.0 GiB of disk and 1.0 GiB is free" if isinstance(error, DiskFull) else "needs more than the"
+    assert paused.state == "paused" and needs in paused.message and "resume it" in paused.message
     machine.jobs.control(job.slug, "resume")
     puppet.finish()
     done = machine.jobs.wait(job.slug, SECONDS)
@@ -629,14 +649,21 @@ def test_a_job_that_kills_the_engine_again_and_again_is_left_alone(
 def test_a_job_of_another_version_fails_with_its_reason(boot: Boot, puppet: Puppet) -> None:
     first = boot()
     running(first, puppet)
-    first.jobs.submit(Count())
+    for _ in range(3):
+        first.jobs.submit(Count())
+    first.jobs.control("count-0004", "pause")
     first.store.update(Job, "count-0001", operation="forgotten")
-    first.store.update(Job, "count-0002", arguments={"n_tokens": 3})
+    first.store.update(Job, "count-0002", operation="forgotten")
+    first.store.update(Job, "count-0003", arguments={"n_tokens": 3})
+    first.store.update(Job, "count-0004", operation="forgotten")
     second = boot(after_a_kill_of=first)
     second.jobs.recover()
-    for slug in ("count-0001", "count-0002"):
+    for slug in ("count-0001", "count-0002", "count-0003"):
         done = second.jobs.wait(slug, SECONDS)
         assert done.state == "failed" and done.error is not None and done.error.code == "unsupported"
+    with pytest.raises(Unsupported, match="Nothing here carries out 'forgotten'"):
+        second.jobs.control("count-0004", "resume")
+    assert second.jobs.get("count-0004").state == "paused"
 
 
 def test_folders_of_jobs_that_are_over_are_swept_at_the_start(boot: Boot, puppet: Puppet) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from mistudio_engine.api.errors import BadInput, Conflict, CorruptFile, NotFound, Unsupported
+from mistudio_engine.api.errors import BadInput, Conflict, CorruptFile, DiskFull, NotFound, Unsupported
 from mistudio_engine.api.records import DatasetRecord, Job, LabelRecord, ModelRecord, SAERecord
 from mistudio_engine.runtime.migrations import MIGRATIONS, migrate
 from mistudio_engine.runtime.rows import condition_of
@@ -110,6 +110,18 @@ def test_a_transaction_is_all_or_nothing_and_sees_its_own_writes(store: Store) -
         store.after_commit(lambda: heard.append("committed"))
         assert heard == []
     assert heard == ["committed"]
+
+
+def test_a_full_disk_is_a_typed_error_and_loses_nothing(store: Store) -> None:
+    store.insert(model("a"))
+    (n_pages,) = store._writer.execute("PRAGMA page_count").fetchone()
+    store._writer.execute(f"PRAGMA max_page_count = {n_pages}")
+    with pytest.raises(DiskFull, match="The database needs more than the"):
+        store.put_embeddings("minilm", {"text": bytes(1 << 20)})
+    assert store.get(ModelRecord, "a").slug == "a"
+    store._writer.execute("PRAGMA max_page_count = 1000000")
+    store.put_embeddings("minilm", {"text": bytes(1 << 20)})
+    assert store.embeddings("minilm", ["text"]) == [bytes(1 << 20)]
 
 
 def test_readers_wait_for_no_writer_and_see_the_last_commit(store: Store) -> None:

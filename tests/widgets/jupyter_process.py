@@ -1,4 +1,4 @@
-"""A Jupyter server of our own: with the extension, apart from whatever the user of this machine has, and ended after."""
+"""A Jupyter server of our own, with the extension and apart from whatever the user of this machine has."""
 
 from __future__ import annotations
 

@@ -13,14 +13,14 @@ import pytest
 pytest.importorskip("playwright", reason="playwright is not installed; it is in the extra [dev]")
 pytest.importorskip("jupyterlab", reason="JupyterLab is not installed; it is in the extra [lab]")
 
-from jupyter_process import Jupyter, running_jupyter  # noqa: E402
-from playwright.sync_api import Locator, Page, expect  # noqa: E402
+from jupyter_process import Jupyter, running_jupyter
+from playwright.sync_api import Locator, Page, expect
 
-from mistudio_engine.api.client import Studio  # noqa: E402
-from mistudio_engine.api.home import ensure_engine  # noqa: E402
-from mistudio_engine.api.records import Job  # noqa: E402
-from mistudio_engine.demo.embedded import DEMO_HOOK  # noqa: E402
-from mistudio_engine.server.serve import stop  # noqa: E402
+from mistudio_engine.api.client import Studio
+from mistudio_engine.api.home import ensure_engine
+from mistudio_engine.api.records import Job
+from mistudio_engine.demo.embedded import DEMO_HOOK
+from mistudio_engine.server.serve import stop
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(300)]
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+import mistudio_widgets
 from mistudio_engine.api.errors import BadInput, Conflict, EngineMissing, MistudioError, NotFound
 from mistudio_engine.api.events import Event
 from mistudio_engine.api.operations.jobs import ControlJob, ShowJob
@@ -21,7 +22,7 @@ from mistudio_engine.api.records import Job
 from mistudio_widgets import JobProgress, _base, job_progress
 from mistudio_widgets._base import Publisher
 
-ROOT = Path(__file__).parents[2]
+WIDGETS = Path(mistudio_widgets.__file__).parent
 
 PATIENCE = 20.0
 
@@ -299,15 +300,13 @@ def test_the_last_state_is_repeated_in_case_it_was_lost_and_then_all_is_still() 
 
 @pytest.mark.parametrize("kind", ["js", "css"])
 def test_the_built_files_are_in_the_package_and_small(kind: str) -> None:
-    path = ROOT / "mistudio_widgets" / "static" / f"job_progress.{kind}"
+    path = WIDGETS / "static" / f"job_progress.{kind}"
     assert 1_000 < path.stat().st_size < 100_000
     assert "http" not in path.read_text("utf-8").replace("http://www.w3.org/2000/svg", "").replace("/^http/", "")
 
 
 def test_the_built_files_are_what_their_sources_make() -> None:
-    if shutil.which("node") is None or not (ROOT / "node_modules" / "esbuild").is_dir():
-        pytest.skip("node or esbuild is not there; npm install brings the second")
-    done = subprocess.run(
-        ["node", "mistudio_widgets/js/build.mjs", "--check"], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
+    if shutil.which("node") is None or not (WIDGETS / "node_modules" / "esbuild").is_dir():
+        pytest.skip("node or esbuild is not there; `npm ci` in mistudio_widgets brings the second")
+    done = subprocess.run(["node", "js/build.mjs", "--check"], cwd=WIDGETS, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

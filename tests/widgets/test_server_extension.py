@@ -7,18 +7,26 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
+import tomllib
 from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from jupyter_process import JUPYTER_CONFIG, Jupyter
+from jupyter_process import JUPYTER_CONFIG, Jupyter, running_jupyter
 from stand_in_engine import CHUNK, N_CHUNKS, StandIn
 from websockets.exceptions import ConnectionClosedError, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
+from mistudio_engine.api.home import missing_packages, read_engine_file, write_engine_file
+from mistudio_engine.server.serve import stop
+
 API = "mistudio/api/v1"
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -233,8 +241,6 @@ def test_an_engine_that_was_started_anew_is_found_without_a_failed_request(jupyt
 
 
 def test_an_engine_with_a_new_token_is_asked_again_with_it(jupyter: Jupyter, engine: StandIn) -> None:
-    from mistudio_engine.api.home import write_engine_file
-
     with jupyter.by_token() as program:
         assert program.get(f"{API}/jobs").status_code == 200
         engine.file = engine.file.model_copy(update={"token": "another", "epoch": "another"})
@@ -254,10 +260,14 @@ def test_the_engines_token_is_in_no_answer(jupyter: Jupyter, engine: StandIn) ->
 
 
 def test_events_pass_both_ways_and_a_logged_in_browser_may_follow_them(jupyter: Jupyter, engine: StandIn) -> None:
-    with jupyter.by_cookie() as browser:
-        with open_socket(jupyter, f"?after=7&token={jupyter.token}", origin=jupyter.origin, cookies=browser.cookies) as events:
-            events.send('{"subscribe": ["jobs/train-0007"]}')
-            assert events.recv(timeout=30) == 'heard {"subscribe": ["jobs/train-0007"]}'
+    with (
+        jupyter.by_cookie() as browser,
+        open_socket(
+            jupyter, f"?after=7&token={jupyter.token}", origin=jupyter.origin, cookies=browser.cookies
+        ) as events,
+    ):
+        events.send('{"subscribe": ["jobs/train-0007"]}')
+        assert events.recv(timeout=30) == 'heard {"subscribe": ["jobs/train-0007"]}'
     seen = engine.sockets[0]
     assert seen["query"] == "after=7"
     assert seen["headers"]["authorization"] == f"Bearer {engine.file.token}"
@@ -299,6 +309,44 @@ def test_jupyter_lists_the_extension_as_enabled_and_sound(tmp_path: Path, monkey
     said = re.sub(r"\x1b\[\d+m", "", done.stdout + done.stderr)
     assert re.search(r"mistudio_widgets.*enabled", said), said
     assert re.search(r"mistudio_widgets 0\.\d+\S* OK", re.sub(r"\s+", " ", said)), said
+
+
+def test_the_first_request_starts_the_engine_and_blocks_nobody_else(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    if missing := missing_packages():
+        pytest.skip(f"the engine needs {', '.join(missing)}")
+    home, folder = tmp_path / "home", tmp_path_factory.mktemp("jupyter")
+    try:
+        with (
+            running_jupyter("jupyter_server", home=home, root=tmp_path, folder=folder) as jupyter,
+            jupyter.by_token() as program,
+            ThreadPoolExecutor(4) as others,
+        ):
+            assert not home.exists()
+            asked, longest = time.monotonic(), 0.0
+            waiting = [others.submit(program.get, "mistudio/ping", timeout=60) for _ in range(3)]
+            while not all(each.done() for each in waiting):
+                began = time.monotonic()
+                assert program.get("api/status").status_code == 200
+                longest = max(longest, time.monotonic() - began)
+            took = time.monotonic() - asked
+            engine = read_engine_file(home)
+            assert engine is not None
+            assert {each.result().json()["epoch"] for each in waiting} == {engine.epoch}
+            assert longest < took / 2
+            with open_socket(jupyter) as events:
+                events.send('{"subscribe": ["jobs/none"], "after": 0}')
+                assert '"event":"hello"' in str(events.recv(timeout=30)).replace(" ", "")
+    finally:
+        stop(home)
+
+
+def test_installing_the_package_enables_the_extension() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    shared = project["tool"]["hatch"]["build"]["targets"]["wheel"]["shared-data"]
+    for file in JUPYTER_CONFIG.rglob("*.json"):
+        assert shared[file.relative_to(ROOT).as_posix()] == f"etc/jupyter/{file.relative_to(JUPYTER_CONFIG).as_posix()}"
 
 
 def test_a_jupyter_server_that_nobody_asks_about_mistudio_starts_no_engine(jupyter: Jupyter) -> None:

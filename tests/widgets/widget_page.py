@@ -93,9 +93,7 @@ def update(page: Page, **view: Any) -> None:
     page.evaluate("view => window.update(view)", view)
 
 
-def view(
-    at: float = 1000.0, error: dict[str, Any] | None = None, slug: str = "train-0007", **job: Any
-) -> dict[str, Any]:
+def view(at: float = 1000.0, slug: str = "train-0007", **job: Any) -> dict[str, Any]:
     """A view as `JobProgress` sends it."""
     record = {
         "slug": slug,
@@ -118,4 +116,4 @@ def view(
         "started_at": 942.0,
         "finished_at": None,
     }
-    return {"slug": slug, "job": record | job, "error": error, "at": at, "pulse": 0}
+    return {"slug": slug, "job": record | job, "error": None, "at": at, "pulse": 0}

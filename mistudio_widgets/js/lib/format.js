@@ -21,14 +21,14 @@ export function number(value) {
   return value.toExponential(2);
 }
 
-/** 4.20 %, 42.0 %, 100 %. */
+/** 0.110 %, 4.20 %, 42.0 %, 100 %. */
 export function percent(fraction) {
   if (typeof fraction !== "number" || !Number.isFinite(fraction)) return "–";
   const value = fraction * 100;
   // Never "100 %" before it is all done.
   if (fraction < 1 && value >= 99.95) return "99.9 %";
-  if (value === 0) return "0 %";
-  return `${value < 10 ? value.toFixed(2) : value < 100 ? value.toFixed(1) : "100"} %`;
+  if (value < 0.001) return "0 %";
+  return `${value.toPrecision(3)} %`;
 }
 
 /** 0.4 s, 58 s, 1 min 20 s, 2 h 5 min, 3 d 4 h. */
