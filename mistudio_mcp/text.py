@@ -140,7 +140,7 @@ def _feature(card: FeatureCard) -> dict[str, Any]:
     for name in ("promoted", "suppressed"):
         tokens = getattr(card, name)
         if tokens:
-            structure[name] = [f"{untrusted(each.token, 40)} {each.value:+.3g}" for each in tokens[:10]]
+            structure[name] = [{"token": untrusted(each.token, 40), "value": each.value} for each in tokens[:10]]
     if card.examples is not None:
         structure["examples_untrusted"] = [
             {"text": marked(each), "value": each.value, "group": each.group} for each in card.examples

@@ -215,7 +215,9 @@ def parse_sae_config(data: dict[str, Any]) -> SAEConfig:
     try:
         return _ANY_CONFIG.validate_python(data)
     except ValidationError as error:
-        raise BadInput("This is not the configuration of an SAE.", why=explain(error)) from error
+        raise BadInput(
+            "This is not the configuration of an SAE.", why=explain(error), fix="Mend the value that is named."
+        ) from error
 
 
 def sae_bytes(cfg: SAEConfigBase) -> int:

@@ -69,8 +69,8 @@ class Hyperparameters(BaseModel):
     """Bring the activations to mean norm √d, by one factor estimated at the start and folded into the finished SAE."""
 
     l1_coefficient: Annotated[float, Field(ge=0, validation_alias=AliasChoices("l1_coefficient", "l1_alpha"))] = 2.0
-    """Weight of the L1 penalty (standard, gated). On 64-wide activations of stories260K, 512 features, 1 gave L0 38 and FVU
-    0.11, 5 gave L0 11 and FVU 0.47; wider layers want more."""
+    """Weight of the L1 penalty (standard, gated). On 64-wide activations of stories260K with 512 features, 1 gave L0 38
+    and FVU 0.11, 5 gave L0 11 and FVU 0.47; wider layers want more."""
 
     sparsity_warm_up_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05
     """Share of the steps over which the L1 or L0 penalty rises from nothing."""

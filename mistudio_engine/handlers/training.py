@@ -149,6 +149,11 @@ def _config(operation: TrainSAE, model: ModelRecord, tokens: TokensRecord | Data
     }
     if operation.architecture == "topk":
         values["k"] = operation.k or min(DEFAULT_K, d_sae)
+        if values["k"] > d_sae:
+            raise BadInput(
+                f"k = {values['k']} features cannot be active where there are only d_sae = {d_sae}.",
+                fix=f"Lower k to at most {d_sae}, or raise d_sae; k is usually a hundredth of it.",
+            )
     return parse_sae_config(values)
 
 

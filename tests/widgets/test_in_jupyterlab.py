@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from jupyter_process import Jupyter, running_jupyter
 from playwright.sync_api import Locator, Page, expect
 
 from mistudio_engine.api.client import Studio
-from mistudio_engine.api.home import ensure_engine
+from mistudio_engine.api.home import ensure_engine, read_engine_file
 from mistudio_engine.api.records import Job
 from mistudio_engine.demo.embedded import DEMO_HOOK
 from mistudio_engine.server.serve import stop
@@ -49,7 +50,7 @@ def lab(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Generator[Lab
     ensure_engine(home, wait_seconds=60)
     flags = ["--LabApp.extension_manager=readonly", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
     try:
-        with Studio(home, autostart=False) as studio:
+        with Studio(home) as studio:
             studio.get_model(source="embedded", name="tiny").wait(60, progress=False)  # type: ignore[attr-defined]
             studio.get_dataset(  # type: ignore[attr-defined]
                 source="embedded", name="corpus", model="tiny", n_tokens=40_000
@@ -186,3 +187,16 @@ def test_after_a_kernel_restart_the_widget_goes_on_through_the_jupyter_server(pa
     widget.get_by_role("button", name="Cancel").click()
     expect(state(widget)).to_have_text("Cancelled")
     assert job.refresh().state == "cancelled"
+
+
+def test_an_engine_that_is_killed_comes_back_and_the_widget_goes_on(page: Page, lab: Lab, job: Any) -> None:
+    widget = follow(page, lab, job, "progress")
+    killed = read_engine_file(lab.jupyter.home)
+    assert killed is not None
+    os.kill(killed.pid, signal.SIGKILL)
+    # Whoever is first starts it again: the kernel's client, which wants to know of the job, or this line.
+    engine = ensure_engine(lab.jupyter.home, wait_seconds=60)
+    assert engine.epoch != killed.epoch
+    moves(widget)
+    expect(state(widget)).to_have_text("Running")
+    expect(widget).to_contain_text("Live through the kernel")

@@ -1,0 +1,186 @@
+"""The engine as a process: killed, doubled, stopped, and found again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from mistudio_engine.api.client import Studio, connect
+from mistudio_engine.api.errors import EngineMissing
+from mistudio_engine.api.home import EXIT_BUSY, probe, process_alive, read_engine_file
+from mistudio_engine.api.operations import SetLabel
+from mistudio_engine.demo.embedded import DEMO_HOOK
+from mistudio_engine.server.serve import stop
+
+WAIT_SECONDS = 60.0
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Iterator[Path]:
+    """A data directory; whatever engine runs on it is stopped at the end."""
+    yield tmp_path / "home"
+    stop(tmp_path / "home")
+
+
+def until(condition: Any, what: str) -> Any:
+    """Wait, bounded, until `condition()` is something."""
+    deadline = time.monotonic() + WAIT_SECONDS
+    while time.monotonic() < deadline:
+        if found := condition():
+            return found
+        threading.Event().wait(0.02)
+    raise AssertionError(f"{what} did not happen within {WAIT_SECONDS:g} s")
+
+
+def kill(home: Path) -> None:
+    """`kill -9`, and wait until the process is gone."""
+    engine = read_engine_file(home)
+    assert engine is not None
+    os.kill(engine.pid, signal.SIGKILL)
+    until(lambda: not process_alive(engine.pid), "the engine's end")
+
+
+def start_training(studio: Studio, name: str, n_tokens: int = 400_000) -> Any:
+    return studio.train_sae(
+        model="tiny",
+        dataset="corpus",
+        hook_name=DEMO_HOOK,
+        d_sae=256,
+        k=8,
+        name=name,
+        n_tokens=n_tokens,
+        batch_size=1024,
+        buffer_tokens=16_384,
+        checkpoint_interval=16_384,
+    )
+
+
+def bring_in(studio: Studio) -> None:
+    studio.get_model(source="embedded", name="tiny").wait(WAIT_SECONDS)
+    studio.get_dataset(source="embedded", name="corpus", model="tiny", n_tokens=100_000).wait(WAIT_SECONDS)
+
+
+def test_a_training_killed_in_the_middle_resumes_by_itself_and_ends_bit_identical(home: Path) -> None:
+    studio = connect(home)
+    bring_in(studio)
+    start_training(studio, "undisturbed").wait(WAIT_SECONDS)
+    job = start_training(studio, "killed")
+    until(lambda: job.refresh().checkpoint and (job.refresh().progress or 0) > 0.3, "a checkpoint")
+    assert job.refresh().state == "running"
+    before = studio.training_metrics(training="killed").total
+    kill(home)
+    resumed = studio.show_job(job=job.slug)  # the client finds no engine and starts one
+    assert resumed.slug == job.slug
+    job.wait(WAIT_SECONDS)
+    one, other = (load_file(home / "saes" / name / "sae_weights.safetensors") for name in ("undisturbed", "killed"))
+    assert one.keys() == other.keys()
+    assert all(bool((one[name] == other[name]).all()) for name in one)
+    rows = studio.training_metrics(training="killed").rows
+    assert len(rows) >= before, "the history of before the kill is still there"
+    steps = [row.values["n_tokens"] for row in rows]
+    assert set(steps) == set(s.values["n_tokens"] for s in studio.training_metrics(training="undisturbed").rows)
+    studio.close()
+
+
+def test_what_was_acknowledged_is_there_after_a_kill(home: Path) -> None:
+    with connect(home) as studio:
+        bring_in(studio)
+        sae = start_training(studio, "labelled", n_tokens=20_480).wait(WAIT_SECONDS)
+        studio.call(SetLabel(feature=f"sae/{sae.slug}#3", label="kept for ever"))
+        kill(home)
+        history = studio.label_history(sae=sae.slug, index=3)
+        assert [label.label for label in history.rows] == ["kept for ever"]
+
+
+def test_a_client_that_comes_later_sees_the_whole_history(home: Path) -> None:
+    code = (
+        "from mistudio_engine import connect; import sys\n"
+        f"studio = connect({str(home)!r})\n"
+        "next(iter(studio.follow(['trainings/watched'], after=0)))\n"
+        "print('following', flush=True); sys.stdin.read()"
+    )
+    with connect(home) as studio:
+        bring_in(studio)
+        job = start_training(studio, "watched")
+        watcher = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert watcher.stdout is not None and watcher.stdin is not None
+        assert watcher.stdout.readline() == "following\n"
+        watcher.kill()
+        watcher.wait()
+        watcher.stdin.close()
+        watcher.stdout.close()
+        job.wait(WAIT_SECONDS)
+    with connect(home) as late:
+        rows = late.training_metrics(training="watched").rows
+        assert [row.values["n_tokens"] for row in rows] == [1024.0 * 10 * n for n in range(1, 40)]
+
+
+def test_sigterm_writes_a_checkpoint_and_ends_within_ten_seconds(home: Path) -> None:
+    with connect(home) as studio:
+        bring_in(studio)
+        job = start_training(studio, "stopped", n_tokens=50_000_000)
+        until(lambda: (job.refresh().metrics or {}).get("n_tokens", 0) > 20_000, "some training")
+        began = time.monotonic()
+        stop(home)
+        assert time.monotonic() - began < 10
+        assert probe(home) is None
+        again = studio.show_job(job=job.slug)
+        assert again.checkpoint is not None
+        studio.control_job(job=job.slug, action="cancel")
+
+
+def serve(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mistudio_engine.server", "serve", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def test_a_second_engine_is_refused_and_told_who_holds_the_directory(home: Path) -> None:
+    with connect(home) as studio:
+        engine = studio.client._engine
+        assert engine is not None
+        refused = serve("--home", str(home))
+    assert refused.returncode == EXIT_BUSY
+    assert str(engine.pid) in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_a_port_in_use_is_said_so(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        refused = serve("--home", str(tmp_path / "home"), "--port", str(taken.getsockname()[1]))
+    assert refused.returncode == EXIT_BUSY
+    assert "cannot listen" in refused.stderr and "--port" in refused.stderr
+
+
+def test_listening_beyond_loopback_needs_to_be_meant(tmp_path: Path) -> None:
+    refused = serve("--home", str(tmp_path / "home"), "--host", "0.0.0.0")
+    assert refused.returncode == 1
+    assert "--allow-remote" in refused.stderr
+
+
+def test_connecting_without_autostart_says_how_to_start(tmp_path: Path) -> None:
+    with pytest.raises(EngineMissing, match="mistudio engine start"):
+        connect(tmp_path / "home", autostart=False)
+
+
+def test_engine_json_is_for_the_owner_only(home: Path) -> None:
+    with connect(home):
+        assert (home / "engine.json").stat().st_mode & 0o777 == 0o600
+        assert home.stat().st_mode & 0o777 == 0o700
+        token = json.loads((home / "engine.json").read_text())["token"]
+    assert stop(home).startswith("engine stopped")
+    assert token not in (home / "engine.log").read_text()
+    assert not (home / "engine.json").exists()
