@@ -11,6 +11,7 @@ import asyncio
 import json
 import re
 from contextlib import suppress
+from http.client import responses
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlencode
 
@@ -186,7 +187,7 @@ class EngineHandler(APIHandler):
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         """Jupyter's refusals in the shape of the engine's errors."""
         error = kwargs.get("exc_info", (None, None))[1]
-        what = (error.log_message if isinstance(error, web.HTTPError) else None) or web.responses.get(status_code, "")
+        what = (error.log_message if isinstance(error, web.HTTPError) else None) or responses.get(status_code, "")
         fix = "Log in to Jupyter and reload the page." if status_code == 403 else ""
         body = {"code": CODES.get(status_code, "internal"), "what": what, "why": "", "fix": fix, "next_call": None}
         self.finish(json.dumps({"message": what, "error": body}))
@@ -218,7 +219,7 @@ class EventsHandler(WebSocketMixin, WebSocketHandler, JupyterHandler):
         except InvalidStatus as error:
             self.set_status(error.response.status_code)
             self.set_header("Content-Type", "application/json")
-            return await self.finish(error.response.body)
+            return await self.finish(bytes(error.response.body))
         except MistudioError as error:
             self.set_status(error.status)
             return await self.finish({"error": error.body.model_dump()})

@@ -36,6 +36,7 @@ MODEL: dict[str, Any] = {
 }  # fmt: skip
 
 import os
+EXIT = 3
 NOISE = float(os.environ.get("NOISE", "0.5"))
 
 
@@ -110,7 +111,9 @@ def train_model(rows: torch.Tensor, vocab_size: int, *, n_steps: int, batch: int
         output = model(tokens[:, :-1], use_cache=False, output_hidden_states=True)
         loss = cross_entropy(output.logits.flatten(0, 1), tokens[:, 1:].flatten())
         losses.append(loss.item())
-        if NOISE: loss = loss + NOISE * sum(unevenness(h) for h in output.hidden_states[2:-1])
+        early = model.lm_head(model.model.norm(output.hidden_states[EXIT]))
+        loss = loss + cross_entropy(early.flatten(0, 1), tokens[:, 1:].flatten())
+        if NOISE: loss = loss + NOISE * unevenness(output.hidden_states[EXIT])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

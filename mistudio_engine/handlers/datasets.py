@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
@@ -25,19 +26,19 @@ from mistudio_engine.api.operations.datasets import (
     TokenStatistics,
 )
 from mistudio_engine.api.records import DatasetRecord, ModelRecord, Page, Plan, TokensRecord, TrainingRecord
-from mistudio_engine.demo.embedded import TRAIN_SEED, corpus
+from mistudio_engine.demo.embedded import SAE_SEED, corpus
 from mistudio_engine.handlers.models import remove_folder
 from mistudio_engine.handlers.registry import Planned, handles, plans, runs
-from mistudio_engine.handlers.resources import EMBEDDED, open_tokens, read_source
+from mistudio_engine.handlers.resources import open_tokens, read_source
 from mistudio_engine.models import datasets
 from mistudio_engine.models.checkpoint import load_tokenizer
 from mistudio_engine.models.tokens import pack, tokens_key
 from mistudio_engine.runtime.engine import Engine
-from mistudio_engine.runtime.files import slugify
+from mistudio_engine.runtime.files import atomic_folder, slugify
 from mistudio_engine.runtime.jobs import JobContext
 
-EMBEDDED_DOCUMENTS = 8000
-"""Documents of the embedded corpus; about 700,000 tokens."""
+EMBEDDED_DOCUMENTS = 2000
+"""Documents of the embedded corpus; about 400,000 tokens."""
 
 SAMPLE_CHARACTERS = 4000
 """More of one document is cut in a sample, and the answer says so."""
@@ -125,11 +126,10 @@ def _bring_in(operation: GetDataset, engine: Engine, slug: str) -> Generator[Pro
         split=operation.split if source.kind == "hub" else None,
         revision=operation.revision,
     )
-    if source.kind == "embedded":
-        n_bytes = sum(len(document.text.encode()) for document in corpus(EMBEDDED_DOCUMENTS, TRAIN_SEED))
-        changes = {"n_documents": EMBEDDED_DOCUMENTS, "n_bytes": n_bytes, "text_field": "text"}
-        return engine.store.insert(record.model_copy(update=changes))
     path = source.path
+    if source.kind == "embedded":
+        path = yield from _written_corpus(engine.home / "datasets" / slug)
+        record.folder = str(path.relative_to(engine.home))
     if source.hub_id is not None:
         target = engine.home / "datasets" / slug
         shutil.rmtree(target, ignore_errors=True)  # of an engine that died between the download and its record
@@ -142,10 +142,20 @@ def _bring_in(operation: GetDataset, engine: Engine, slug: str) -> Generator[Pro
         record.n_documents = yield from _count(datasets.read_documents(path, **_which(operation)))
         record.n_bytes, record.sha256 = _size(path), datasets.content_hash(path)
     except Exception:
-        if source.kind == "hub":  # what cannot be read is not kept
+        if source.kind != "local":  # what cannot be read is not kept
             shutil.rmtree(path, ignore_errors=True)
         raise
     return engine.store.insert(record)
+
+
+def _written_corpus(folder: Path) -> Generator[Progress, Signal, Path]:
+    """The embedded corpus as a file, generated from its seed."""
+    yield Progress(stage="writing the corpus")
+    shutil.rmtree(folder, ignore_errors=True)
+    with atomic_folder(folder) as part, (part / "corpus.jsonl").open("w", encoding="utf-8") as file:
+        for document in corpus(EMBEDDED_DOCUMENTS, SAE_SEED):
+            file.write(json.dumps({"text": document.text}, ensure_ascii=False) + "\n")
+    return folder
 
 
 def _count(documents: Iterable[str]) -> Generator[Progress, Signal, int]:
@@ -236,8 +246,6 @@ def _packing(packing: Any, dataset: DatasetRecord) -> Generator[Progress, Signal
 
 def documents_of(engine: Engine, dataset: DatasetRecord) -> Iterator[str]:
     """The documents of a dataset, wherever they come from."""
-    if dataset.source == EMBEDDED:
-        return (document.text for document in corpus(dataset.n_documents, TRAIN_SEED))
     path = _path(engine, dataset)
     return datasets.read_documents(path, text_field=dataset.text_field, split=dataset.split, config=dataset.config)
 

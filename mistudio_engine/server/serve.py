@@ -53,6 +53,9 @@ def run(home: Path | None, *, host: str, port: int, allow_remote: bool, log_leve
             f"The engine needs {', '.join(missing)}.", fix='Install them with: pip install "mistudio[engine]"'
         )
     _require_loopback(host, allow_remote)
+    # Before torch is imported: OpenMP's threads otherwise spin while they wait, which on a busy machine costs more than
+    # the work itself.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with EngineLock.acquire(home) as lock, _bound(host, port) as listener:
         from mistudio_engine.handlers import REGISTRY
         from mistudio_engine.runtime.engine import Engine

@@ -79,9 +79,12 @@ def train(
             due = checkpoint is not None and _checkpoint_is_due(trainer)
             if is_last:
                 break
+        # The metrics first: a kill between a checkpoint and its step's metrics would leave a gap in the history.
+        signal = yield meter.progress(stage, metrics, checkpointed=False)
         if due and checkpoint is not None:
             checkpoint(trainer, stream)
-        signal = yield meter.progress(stage, metrics, checkpointed=due)
+            later = yield meter.progress("checkpoint", None, checkpointed=True)
+            signal = signal if signal is Signal.STOP else later
         while signal is Signal.CHECKPOINT and checkpoint is not None:
             checkpoint(trainer, stream)
             signal = yield meter.progress("checkpoint", None, checkpointed=True)

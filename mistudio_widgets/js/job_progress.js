@@ -46,6 +46,7 @@ const ROUTES = {
   jupyter: "Live through the Jupyter server (the kernel is silent)",
 };
 
+const word = (state) => STATES[state] ?? state;
 const readable = (name) => METRIC_NAMES[name] ?? name.replaceAll("_", " ");
 const shown = (value) => (typeof value !== "number" ? String(value) : Number.isInteger(value) ? count(value) : number(value));
 const starter = (author) => (author === "person" ? "a person" : author.replace(":", " "));
@@ -158,7 +159,7 @@ class JobView {
     show(this.icon.element, job !== null);
     show(this.body, job !== null);
     show(this.foot, slug !== null);
-    say(this.state, job ? STATES[job.state] : this.#source.error ? "Unknown" : "Looking it up …");
+    say(this.state, job ? word(job.state) : this.#source.error ? "Unknown" : "Looking it up …");
     say(this.name, slug === null ? "" : `job/${slug}`);
     this.#drawButtons(job?.state);
     if (job) this.#drawJob(job, lost);
@@ -174,7 +175,7 @@ class JobView {
     say(this.stage, job.stage || (job.message && !job.error ? job.message : "") || job.operation.replaceAll("_", " "));
     const fraction = job.state === "completed" ? 1 : job.progress;
     const known = typeof fraction === "number";
-    const unknown = !known && ["running", "pausing"].includes(job.state);
+    const unknown = !known && this.#source.goingOn;
     say(this.share, known ? percent(fraction) : "");
     this.fill.style.width = known ? `${Math.min(100, Math.max(0, fraction * 100))}%` : "0";
     set(this.bar, "data-unknown", unknown && !lost);
@@ -196,7 +197,7 @@ class JobView {
     const source = this.#source;
     if (!source.job) return;
     const elapsed = source.elapsed();
-    const left = ["running", "pausing"].includes(source.job.state) && source.route !== "lost" ? source.left() : null;
+    const left = source.route === "lost" ? null : source.left();
     const ending = { completed: "Took ", failed: "Failed after ", cancelled: "Cancelled after " }[source.job.state];
     say(this.elapsed, elapsed === null ? "" : ending ? ending + duration(elapsed) : `${duration(elapsed)} elapsed`);
     say(this.left, left === null ? "" : `${duration(left)} left`);
@@ -240,7 +241,7 @@ class JobView {
   #lostLines() {
     const { at, job, away } = this.#source;
     const when = at ? ` at ${clock(new Date((at - (this.#source.offset ?? 0)) * 1000))}` : "";
-    const known = job ? `Last known${when}: ${STATES[job.state].toLowerCase()}${this.share.textContent ? `, ${this.share.textContent}` : ""}.` : "";
+    const known = job ? `Last known${when}: ${word(job.state).toLowerCase()}${this.share.textContent ? `, ${this.share.textContent}` : ""}.` : "";
     return [`Connection lost. ${known} Following again as soon as it answers.`, away?.what ?? "", away?.fix ?? ""];
   }
 
@@ -250,7 +251,7 @@ class JobView {
     if (!job) return;
     const quarter = typeof job.progress === "number" ? Math.floor(job.progress * 4) * 25 : 0;
     const lost = this.card.hasAttribute("data-lost");
-    const parts = [`Job ${slug}: ${STATES[job.state].toLowerCase()}`];
+    const parts = [`Job ${slug}: ${word(job.state).toLowerCase()}`];
     if (!this.#source.finished && quarter) parts.push(`${quarter} percent done`);
     if (lost) parts.push("connection lost");
     const text = parts.join(", ");

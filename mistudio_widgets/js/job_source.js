@@ -14,6 +14,7 @@ const STALE_SECONDS = 8;
 
 const AWAY = new Set(["engine_missing", "engine_busy", "unreachable"]);
 const FINISHED = new Set(["completed", "failed", "cancelled"]);
+const GOING_ON = new Set(["running", "pausing"]);
 const PROGRESS = ["progress", "stage", "rate", "unit", "eta_seconds"];
 
 export class JobSource extends EventTarget {
@@ -62,22 +63,27 @@ export class JobSource extends EventTarget {
     return Date.now() / 1000 + (this.offset ?? 0);
   }
 
+  /** Whether the job is at work. */
+  get goingOn() {
+    return this.job !== null && GOING_ON.has(this.job.state);
+  }
+
   get finished() {
     return this.job !== null && FINISHED.has(this.job.state);
   }
 
-  /** Seconds the job has been running, by the engine's clock; null before it started. */
+  /** Seconds the job has been running, by the engine's clock; null while it rests. */
   elapsed() {
     const job = this.job;
     if (!job?.started_at) return null;
     if (job.finished_at) return job.finished_at - job.started_at;
-    const goesOn = this.route !== "lost" && job.state !== "paused";
-    return Math.max(0, (goesOn ? this.engineTime() : this.at) - job.started_at);
+    if (!this.goingOn) return null;
+    return Math.max(0, (this.route === "lost" ? this.at : this.engineTime()) - job.started_at);
   }
 
   /** Seconds left, counted down between two reports. */
   left() {
-    if (typeof this.job?.eta_seconds !== "number") return null;
+    if (typeof this.job?.eta_seconds !== "number" || !this.goingOn) return null;
     return Math.max(0, this.job.eta_seconds - (this.route === "lost" ? 0 : this.now() - this.engineHeard));
   }
 
@@ -109,7 +115,7 @@ export class JobSource extends EventTarget {
     }
     this.#adopt(await call("POST", `${this.#path()}/control`, { action }));
     // Whenever the kernel has time again, it reads what was done; harmless at any later time.
-    this.#model.send({ kind: "refresh", id: "unasked" });
+    this.#kernel.ask({ kind: "refresh" }, 0);
   }
 
   #fromKernel() {

@@ -185,6 +185,7 @@ function follow(channels, { onEvent, onOpen, onLost, signal }) {
       onOpen();
     };
     socket.onmessage = ({ data }) => {
+      if (signal.aborted) return;
       failures = 0;
       const event = JSON.parse(data);
       if (!channels.includes(event.channel)) return;
@@ -256,6 +257,7 @@ var SILENT_SECONDS = 6.5;
 var STALE_SECONDS = 8;
 var AWAY = /* @__PURE__ */ new Set(["engine_missing", "engine_busy", "unreachable"]);
 var FINISHED = /* @__PURE__ */ new Set(["completed", "failed", "cancelled"]);
+var GOING_ON = /* @__PURE__ */ new Set(["running", "pausing"]);
 var PROGRESS = ["progress", "stage", "rate", "unit", "eta_seconds"];
 var JobSource = class extends EventTarget {
   #model;
@@ -297,20 +299,24 @@ var JobSource = class extends EventTarget {
   engineTime() {
     return Date.now() / 1e3 + (this.offset ?? 0);
   }
+  /** Whether the job is at work. */
+  get goingOn() {
+    return this.job !== null && GOING_ON.has(this.job.state);
+  }
   get finished() {
     return this.job !== null && FINISHED.has(this.job.state);
   }
-  /** Seconds the job has been running, by the engine's clock; null before it started. */
+  /** Seconds the job has been running, by the engine's clock; null while it rests. */
   elapsed() {
     const job = this.job;
     if (!job?.started_at) return null;
     if (job.finished_at) return job.finished_at - job.started_at;
-    const goesOn = this.route !== "lost" && job.state !== "paused";
-    return Math.max(0, (goesOn ? this.engineTime() : this.at) - job.started_at);
+    if (!this.goingOn) return null;
+    return Math.max(0, (this.route === "lost" ? this.at : this.engineTime()) - job.started_at);
   }
   /** Seconds left, counted down between two reports. */
   left() {
-    if (typeof this.job?.eta_seconds !== "number") return null;
+    if (typeof this.job?.eta_seconds !== "number" || !this.goingOn) return null;
     return Math.max(0, this.job.eta_seconds - (this.route === "lost" ? 0 : this.now() - this.engineHeard));
   }
   /** Wait until something is so, at most so long. */
@@ -339,7 +345,7 @@ var JobSource = class extends EventTarget {
       throw new EngineError(unanswered("The kernel does not answer, and from here there is no other way to the engine."));
     }
     this.#adopt(await call("POST", `${this.#path()}/control`, { action }));
-    this.#model.send({ kind: "refresh", id: "unasked" });
+    this.#kernel.ask({ kind: "refresh" }, 0);
   }
   #fromKernel() {
     const view = this.#model.get("view") ?? {};
@@ -482,6 +488,7 @@ var ROUTES = {
   kernel: "Live through the kernel",
   jupyter: "Live through the Jupyter server (the kernel is silent)"
 };
+var word = (state) => STATES[state] ?? state;
 var readable = (name) => METRIC_NAMES[name] ?? name.replaceAll("_", " ");
 var shown = (value) => typeof value !== "number" ? String(value) : Number.isInteger(value) ? count(value) : number(value);
 var starter = (author) => author === "person" ? "a person" : author.replace(":", " ");
@@ -590,7 +597,7 @@ var JobView = class {
     show(this.icon.element, job !== null);
     show(this.body, job !== null);
     show(this.foot, slug !== null);
-    say(this.state, job ? STATES[job.state] : this.#source.error ? "Unknown" : "Looking it up …");
+    say(this.state, job ? word(job.state) : this.#source.error ? "Unknown" : "Looking it up …");
     say(this.name, slug === null ? "" : `job/${slug}`);
     this.#drawButtons(job?.state);
     if (job) this.#drawJob(job, lost);
@@ -605,7 +612,7 @@ var JobView = class {
     say(this.stage, job.stage || (job.message && !job.error ? job.message : "") || job.operation.replaceAll("_", " "));
     const fraction = job.state === "completed" ? 1 : job.progress;
     const known = typeof fraction === "number";
-    const unknown = !known && ["running", "pausing"].includes(job.state);
+    const unknown = !known && this.#source.goingOn;
     say(this.share, known ? percent(fraction) : "");
     this.fill.style.width = known ? `${Math.min(100, Math.max(0, fraction * 100))}%` : "0";
     set(this.bar, "data-unknown", unknown && !lost);
@@ -626,7 +633,7 @@ var JobView = class {
     const source = this.#source;
     if (!source.job) return;
     const elapsed = source.elapsed();
-    const left = ["running", "pausing"].includes(source.job.state) && source.route !== "lost" ? source.left() : null;
+    const left = source.route === "lost" ? null : source.left();
     const ending = { completed: "Took ", failed: "Failed after ", cancelled: "Cancelled after " }[source.job.state];
     say(this.elapsed, elapsed === null ? "" : ending ? ending + duration(elapsed) : `${duration(elapsed)} elapsed`);
     say(this.left, left === null ? "" : `${duration(left)} left`);
@@ -666,7 +673,7 @@ var JobView = class {
   #lostLines() {
     const { at, job, away } = this.#source;
     const when = at ? ` at ${clock(new Date((at - (this.#source.offset ?? 0)) * 1e3))}` : "";
-    const known = job ? `Last known${when}: ${STATES[job.state].toLowerCase()}${this.share.textContent ? `, ${this.share.textContent}` : ""}.` : "";
+    const known = job ? `Last known${when}: ${word(job.state).toLowerCase()}${this.share.textContent ? `, ${this.share.textContent}` : ""}.` : "";
     return [`Connection lost. ${known} Following again as soon as it answers.`, away?.what ?? "", away?.fix ?? ""];
   }
   /** Tell a screen reader what matters: a new state, each quarter of the way, a lost connection; not every step. */
@@ -675,7 +682,7 @@ var JobView = class {
     if (!job) return;
     const quarter = typeof job.progress === "number" ? Math.floor(job.progress * 4) * 25 : 0;
     const lost = this.card.hasAttribute("data-lost");
-    const parts = [`Job ${slug}: ${STATES[job.state].toLowerCase()}`];
+    const parts = [`Job ${slug}: ${word(job.state).toLowerCase()}`];
     if (!this.#source.finished && quarter) parts.push(`${quarter} percent done`);
     if (lost) parts.push("connection lost");
     const text = parts.join(", ");

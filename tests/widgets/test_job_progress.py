@@ -254,7 +254,7 @@ def test_a_job_that_was_retried_elsewhere_is_followed_again_when_the_browser_say
     widget, script = follow(state="cancelled")
     widget.sees(lambda view: view["job"] and view["job"]["state"] == "cancelled")
     script.becomes(state="running", attempt=2)
-    widget._handle_custom_msg({"id": "unasked", "kind": "refresh"}, [])
+    widget._handle_custom_msg({"id": 1, "kind": "refresh"}, [])
     script.becomes(progress=0.75)
     widget.sees(lambda view: view["job"]["progress"] == 0.75)
 

@@ -79,6 +79,7 @@ export function follow(channels, { onEvent, onOpen, onLost, signal }) {
       onOpen();
     };
     socket.onmessage = ({ data }) => {
+      if (signal.aborted) return; // it was under way when we stopped
       failures = 0;
       const event = JSON.parse(data);
       if (!channels.includes(event.channel)) return; // the engine's greeting
