@@ -58,11 +58,15 @@ def install(client: str, *, path: Path | None = None, home: Path | None = None, 
     """Write the entry `mistudio` into the program's configuration, with a backup beside it; says what was done.
 
     Raises:
-        BadInput: the file there is not a JSON object, or its list of servers is not one.
+        BadInput: an unknown program; the file there is not a JSON object, or its list of servers is not one.
     """
+    if client not in CLIENTS:
+        raise BadInput(f"{client!r} is not a program we know.", fix=f"Known: {', '.join(CLIENTS)}.")
     program = _clients()[client]
-    target = (path or program.path).expanduser()
+    # A link, as people who keep their settings elsewhere have, stays one: what it leads to is written.
+    target = (path or program.path).expanduser().resolve()
     config = _read(target)
+    before = json.dumps(config)
     servers = config.setdefault(program.key, {})
     if not isinstance(servers, dict):
         raise BadInput(f"{program.key!r} in {target} is not an object.", fix="Mend the file, then call this again.")
@@ -70,21 +74,23 @@ def install(client: str, *, path: Path | None = None, home: Path | None = None, 
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     if dry_run:
         return f"{target} would become:\n{text}"
+    if json.dumps(config) == before:
+        return f"{target} has the server 'mistudio' already."
     target.parent.mkdir(parents=True, exist_ok=True)
-    if target.exists():
-        shutil.copy2(target, target.with_name(target.name + ".backup"))
     part = target.with_name(target.name + ".part")
     part.write_text(text, encoding="utf-8")
+    if target.exists():
+        shutil.copy2(target, target.with_name(target.name + ".backup"))
+        shutil.copymode(target, part)  # others' entries may hold keys that are for the owner only
     os.replace(part, target)
     return f"{target}: added the server 'mistudio'. Restart {client}."
 
 
 def _read(target: Path) -> dict[str, Any]:
-    if not target.exists() or not target.read_text(encoding="utf-8").strip():
-        return {}
     try:
-        config = json.loads(target.read_text(encoding="utf-8"))
-    except ValueError as error:
+        text = target.read_text(encoding="utf-8-sig") if target.exists() else ""
+        config = json.loads(text) if text.strip() else {}
+    except ValueError as error:  # not UTF-8 is one too
         raise BadInput(f"{target} is not JSON: {error}.", fix="Mend the file, then call this again.") from None
     if not isinstance(config, dict):
         raise BadInput(f"{target} is not a JSON object.", fix="Mend the file, then call this again.")

@@ -1,12 +1,16 @@
 """What an agent reads: results as small structures, and the same as short text.
 
-Numbers have three significant figures, long lists are cut and counted, and whatever comes from a dataset stands in fields
-that say `untrusted`, with control and bidirectional characters escaped: text that steers a reader must not steer an agent.
+Numbers have three significant figures, long lists are cut and counted, and whatever comes from a dataset stands in
+fields that say `untrusted`, with control and bidirectional characters escaped: text that steers a reader must not steer
+an agent.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import unicodedata
+from collections.abc import Iterator
 from typing import Any
 
 from pydantic import BaseModel
@@ -23,14 +27,27 @@ MAX_TEXT = 400
 MAX_CHARACTERS = 22_000
 """An answer is never above 6,000 tokens of about four characters; some are left for the JSON around it."""
 
+INVISIBLE = frozenset(
+    [0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x3164, 0xFFA0, *range(0x180B, 0x1810), *range(0xFE00, 0xFE10)]
+) | frozenset(range(0xE0100, 0xE01F0))
+"""Characters that show nothing although they are letters or marks to Unicode: fillers and variation selectors, in which
+whole sentences can be hidden (DerivedCoreProperties.txt, Default_Ignorable_Code_Point)."""
+
 
 def untrusted(text: str, limit: int = MAX_TEXT) -> str:
     """Text of others, made harmless to look at: control, format and bidirectional characters escaped, long ones cut."""
-    safe = "".join(
-        character if character == " " or unicodedata.category(character)[0] not in "CZ" else _escaped(character)
-        for character in text[:limit]
-    )
+    safe = _harmless(text[:limit], keep=" ")
     return safe + "…" if len(text) > limit else safe
+
+
+def _harmless(text: str, keep: str) -> str:
+    return "".join(
+        character if character in keep or not _is_treacherous(character) else _escaped(character) for character in text
+    )
+
+
+def _is_treacherous(character: str) -> bool:
+    return unicodedata.category(character)[0] in "CZ" or ord(character) in INVISIBLE
 
 
 def _escaped(character: str) -> str:
@@ -38,11 +55,16 @@ def _escaped(character: str) -> str:
 
 
 def shown(value: Any) -> Any:
-    """Floats with three significant figures, throughout."""
+    """Floats with three significant figures and strings without treacherous characters, throughout.
+
+    What JSON cannot carry, nan and the infinities, is left out of objects and null in lists.
+    """
+    if isinstance(value, str):
+        return value if value.isascii() and value.isprintable() else _harmless(value, keep=" \n\t")
     if isinstance(value, float):
-        return float(f"{value:.3g}") if value == value else None
+        return float(f"{value:.3g}") if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: shown(each) for key, each in value.items()}
+        return {key: made for key, each in value.items() if (made := shown(each)) is not None or each is None}
     if isinstance(value, list):
         return [shown(each) for each in value]
     return value
@@ -63,13 +85,48 @@ def as_structure(result: BaseModel) -> dict[str, Any]:
             structure = _page(result)
         case _:
             structure = result.model_dump(mode="json", exclude_none=True)
-    return shown(structure)
+    return _fitted(shown(structure))
+
+
+def _fitted(structure: dict[str, Any]) -> dict[str, Any]:
+    """What is too long for an agent is cut, the longest list or text first; `cut` says how much is left of each."""
+    was: dict[str, int] = {}
+    while len(json.dumps(structure, ensure_ascii=False)) > MAX_CHARACTERS:
+        cuttable = list(_cuttable(structure, ""))
+        if not cuttable:
+            break
+        path, parent, key = max(cuttable, key=lambda each: len(json.dumps(each[1][each[2]])))
+        value = parent[key]
+        parent[key] = value[: len(value) // 2]
+        structure.setdefault("cut", {})[path] = f"{len(parent[key])} of {was.setdefault(path, len(value))}"
+    if "rows" in was and "next_cursor" in structure:
+        # The cursor goes on after rows that are not here; asked for fewer, the same call gives one that fits.
+        del structure["next_cursor"]
+        structure["cut"]["rows"] += f"; for the others call again with limit={len(structure['rows'])}"
+    if "rows" in was and "shown" in structure:
+        structure["shown"] = len(structure["rows"])
+    return structure
+
+
+def _cuttable(value: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
+    """Every list of several and every long text: its path, what it is in, and under which key."""
+    for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+        here = f"{path}.{key}" if path else str(key)
+        if (isinstance(each, list) and len(each) > 1) or (isinstance(each, str) and len(each) > MAX_TEXT):
+            yield here, value, key
+        if isinstance(each, dict | list):
+            yield from _cuttable(each, here)
 
 
 def _page(page: Page[Any]) -> dict[str, Any]:
     structure = page.model_dump(mode="json", exclude_none=True, exclude={"rows"})
-    rows = [_job(row) if isinstance(row, Job) else row.model_dump(mode="json", exclude_none=True) for row in page.rows]
-    return {"rows": rows, **structure}
+    return {"rows": [_job(row) if isinstance(row, Job) else _row(row) for row in page.rows], **structure}
+
+
+def _row(row: BaseModel) -> dict[str, Any]:
+    structure = row.model_dump(mode="json", exclude_none=True)
+    # A label may be a language model's: it stays in its line.
+    return structure | {name: untrusted(structure[name]) for name in ("label", "token") if name in structure}
 
 
 def _job(job: Job) -> dict[str, Any]:
@@ -158,7 +215,8 @@ def marked(example: Example) -> str:
 
 
 def _text_features(found: TextFeatures) -> dict[str, Any]:
-    structure = found.model_dump(mode="json", exclude_none=True, exclude={"rows": {"__all__": {"values"}}})
+    structure = found.model_dump(mode="json", exclude_none=True, exclude={"rows"})
+    structure["rows"] = [_row(row.model_copy(update={"values": None})) for row in found.rows]
     structure["tokens"] = [untrusted(token, 40) for token in found.tokens]
     return structure
 
@@ -213,4 +271,4 @@ def _inline(value: Any) -> str:
         return ", ".join(f"{key}: {_inline(each)}" for key, each in value.items() if each not in (None, "", [], {}))
     if isinstance(value, list):
         return " | ".join(_inline(each) for each in value)
-    return str(value)
+    return str(value).replace("\n", "\\n")

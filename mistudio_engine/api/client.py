@@ -1,7 +1,7 @@
 """The client: the engine's operations as calls, sync and async.
 
-`Studio` is for notebooks and scripts, `AsyncStudio` for async programs; the first runs the second on a thread of its own,
-so both are the same client. Every operation is a method (`studio.train_sae(...)`) and a value
+`Studio` is for notebooks and scripts, `AsyncStudio` for async programs; the first runs the second on a thread of
+its own, so both are the same client. Every operation is a method (`studio.train_sae(...)`) and a value
 (`studio.call(TrainSAE(...))`). The client finds the engine through its data directory or starts it, and finds it again
 after it restarted. It knows nothing of torch, and nothing of what the engine does with a call.
 """
@@ -94,57 +94,58 @@ class AsyncStudio:
         Raises:
             MistudioError: whatever the engine raised, of the same class.
         """
-        request = wire.request_of(operation)
-        response = await self._send(request, repeatable=type(operation).idempotent or _has_key(operation))
-        if isinstance(operation, Operation) and type(operation).result is Download:
-            return await self._save(operation, response)  # type: ignore[return-value]
+        response = await self._send(operation)
+        if type(operation).result is Download:
+            return _download_of(response)  # type: ignore[return-value]
         return wire.result_of(type(operation), response.json())
 
-    async def _send(self, request: wire.Request, *, repeatable: bool) -> httpx.Response:
-        engine = await self.engine()
-        try:
-            response = await self._request(engine, request)
-        except httpx.TransportError as error:
-            # Never sent, or safe to send twice: the engine may have restarted under another port.
-            if not (repeatable or isinstance(error, httpx.ConnectError)):
-                self._engine = None
-                raise Unreachable(
-                    "The connection to the engine broke during a call.",
-                    why=type(error).__name__,
-                    fix="Look whether it was done before calling again, or give it an idempotency_key.",
-                ) from None
-            response = await self._request(await self.engine(renew=True), request)
-        if response.status_code == 401 and self._engine is not None:
-            response = await self._request(await self.engine(renew=True), request)
+    async def _send(self, operation: Operation[Any]) -> httpx.Response:
+        repeatable = type(operation).idempotent or _has_key(operation)
+        for is_last in (False, True):
+            # The second time it is looked up anew: it may have restarted, with another port and token.
+            engine = await self.engine(renew=is_last)
+            try:
+                response = await self._request(engine, operation)
+            except httpx.TransportError as error:
+                was_sent = not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
+                if is_last or (was_sent and not repeatable):
+                    self._engine = None
+                    raise _broken(error, was_sent and not repeatable) from None
+            else:
+                if is_last or response.status_code != 401:
+                    break
         if response.is_error:
             raise _error_of(response)
         return response
 
-    async def _request(self, engine: EngineFile, request: wire.Request) -> httpx.Response:
-        return await self._http.request(
+    async def _request(self, engine: EngineFile, operation: Operation[Any]) -> httpx.Response:
+        request = wire.request_of(operation)
+        sent = self._http.build_request(
             request.method,
             engine.url + request.path,
             params=request.query or None,
             json=request.body,
             headers={"Authorization": f"Bearer {engine.token}", wire.CALLER_HEADER: self.caller},
         )
-
-    async def _save(self, operation: Operation[Any], response: httpx.Response) -> Download:
-        headers = response.headers
-        return Download(
-            path=headers["x-mistudio-path"],
-            filename=headers["x-mistudio-filename"],
-            media_type=headers["content-type"],
-            n_bytes=len(response.content),
-            sha256=headers["x-mistudio-sha256"],
-        )
+        # The engine is on this machine: of a file its path is enough, and its bytes, maybe gigabytes, need not travel.
+        response = await self._http.send(sent, stream=type(operation).result is Download)
+        if response.is_error:
+            await response.aread()
+        elif not response.is_closed:
+            await response.aclose()
+        return response
 
     async def follow(self, channels: Iterable[str] = ("*",), after: int | None = None) -> AsyncIterator[Event]:
-        """Events as they come, from just after number `after`; durable ones without a gap, through restarts.
+        """Events as they come, from just after number `after`; durable ones once each and without a gap.
+
+        It goes on through restarts of the engine.
 
         Args:
             channels: such as `jobs/train-0007` or `system/cpu`; `*` is all of them.
             after: replay from here; None begins with what comes now.
+
+        Raises:
+            BadInput: `after` is not a number of the log.
         """
         import websockets.asyncio.client as sockets
         from websockets.exceptions import ConnectionClosed, InvalidHandshake
@@ -159,8 +160,14 @@ class AsyncStudio:
                 ) as socket:
                     await socket.send(json.dumps({"subscribe": wanted, "after": after}))
                     async for message in socket:
-                        event = Event.model_validate_json(message)
-                        after = max(event.seq, after or 0)
+                        said = json.loads(message)
+                        if said["channel"] == "engine":
+                            # About the connection, not of the log: its hello says our own number back to us.
+                            if said["event"] == "error":
+                                raise error_from_body(ErrorBody.model_validate(said["data"]["error"]))
+                            continue
+                        event = Event.model_validate(said)
+                        after = event.seq
                         yield event
             except (ConnectionClosed, InvalidHandshake, OSError):
                 pass
@@ -193,6 +200,27 @@ class AsyncStudio:
         """Cancel, pause, resume, stop or retry a job."""
         slug = job if isinstance(job, str) else job.slug
         return await self.call(ControlJob(job=slug, action=action))  # type: ignore[arg-type]
+
+
+def _broken(error: httpx.TransportError, may_have_been_done: bool) -> Unreachable:
+    return Unreachable(
+        "The connection to the engine broke during a call.",
+        why=f"{type(error).__name__}: {error}".rstrip(": "),
+        fix="Look whether it was done before calling again, or give it an idempotency_key."
+        if may_have_been_done
+        else "Call again; `mistudio engine status` says whether it runs, `mistudio engine logs` what it last said.",
+    )
+
+
+def _download_of(response: httpx.Response) -> Download:
+    headers = response.headers
+    return Download(
+        path=headers["x-mistudio-path"],
+        filename=headers["x-mistudio-filename"],
+        media_type=headers["content-type"],
+        n_bytes=int(headers["content-length"]),
+        sha256=headers["x-mistudio-sha256"],
+    )
 
 
 def _has_key(operation: Operation[Any]) -> bool:
@@ -244,6 +272,11 @@ class JobHandle(Job, Generic[Outcome]):
         handle = cls.model_construct(**dict(job))
         handle._studio = studio
         return handle
+
+    @property
+    def studio(self) -> Studio:
+        """The engine that it is a job of."""
+        return self._studio
 
     def refresh(self) -> JobHandle[Outcome]:
         """The job as it is now."""
@@ -310,13 +343,21 @@ class Studio:
         return f"Studio({str(self.client.home)!r}, {engine.url if engine else 'not connected'})"
 
     def close(self) -> None:
-        """Close the connection; the engine and its jobs go on."""
+        """Close the connection; the engine and its jobs go on. Whoever still waits in another thread is let go."""
         if self._loop.is_closed():
             return
-        self._run(self.client.close())
+        self._run(self._let_go())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+    async def _let_go(self) -> None:
+        waiting = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        await self.client.close()
+        await self._loop.shutdown_asyncgens()
 
     @overload
     def call(self, operation: JobOperation[Outcome]) -> JobHandle[Outcome]: ...
@@ -337,11 +378,14 @@ class Studio:
             self._run(events.aclose())  # type: ignore[attr-defined]
 
     def _run(self, coroutine: Coroutine[Any, Any, R]) -> R:
+        if self._loop.is_closed():
+            coroutine.close()
+            raise Unreachable("This Studio has been closed.", fix="connect() gives another one.")
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result()
         except BaseException:
-            future.cancel()
+            future.cancel()  # a keyboard interrupt ends our waiting only
             raise
 
 

@@ -22,8 +22,8 @@
     ├── TooLarge            the body is over the cap                                            413
     └── Internal            a fault of ours                                                     500
 
-An error says *what* happened, *why* (which value, what was expected) and how to *fix* it; `next_call` is a complete call
-that an agent can make next. It knows nothing of HTTP beyond the number of its status, and nothing of MCP.
+An error says *what* happened, *why* (which value, what was expected) and how to *fix* it; `next_call` is a complete
+call that an agent can make next. It knows nothing of HTTP beyond the number of its status, and nothing of MCP.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How people and agents name things: `kind/slug`, and `sae/slug#7` for a feature. It knows names, not what they name."""
+"""How people and agents name things: `kind/slug`, and `sae/slug#7` for a feature. It knows no records."""
 
 from __future__ import annotations
 

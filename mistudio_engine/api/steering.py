@@ -24,8 +24,8 @@ class Intervention(Data):
     """How far, in `unit`; 0 changes nothing."""
 
     unit: Literal["raw", "max_act", "norm"] = "max_act"
-    """raw: length added along the unit decoder direction (Neuronpedia's strength × multiplier). max_act: multiples of the
-    feature's highest activation. norm: multiples of the layer's typical activation norm."""
+    """raw: length added along the unit decoder direction (Neuronpedia's strength × multiplier). max_act: multiples of
+    the feature's highest activation. norm: multiples of the layer's typical activation norm."""
 
     method: Literal["add", "suppress", "set", "ablate", "orthogonal", "cap"] = "add"
     """add: h += length · direction. suppress: takes `strength` times what the feature writes away. set: makes it write

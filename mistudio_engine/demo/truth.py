@@ -43,7 +43,7 @@ class ConceptScore(NamedTuple):
 
 
 def auroc(scores: Any, truth: Any) -> torch.Tensor:
-    """Area under the ROC curve of each column: the chance that a true token scores above a false one, ties counted half.
+    """Area under the ROC curve of each column: the chance that a true token scores above a false one, ties half.
 
     `scores` is (n_tokens,) or (n_tokens, n_columns) and `truth` bool (n_tokens,); returns float64 () or (n_columns,).
     0.5 is chance, 1 is perfect, 0 is perfectly wrong; nan if the tokens are all true or all false. Exact: the rank-sum
@@ -145,7 +145,7 @@ def dense(x: Any) -> torch.Tensor:
 
 
 def summary(scores: Sequence[ConceptScore], threshold: float = 0.95) -> dict[str, float]:
-    """Share of concepts above the threshold, 0 to 1: by one feature, by five, by the raw activations, in all and by kind."""
+    """Share of concepts above the threshold, 0 to 1: by one feature, five, the raw activations; in all and by kind."""
     shares = {}
     for kind in ("all", "lexical", "contextual"):
         some = [score for score in scores if kind in ("all", score.kind)]

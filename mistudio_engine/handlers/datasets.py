@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Generator, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,12 @@ from mistudio_engine.api.records import DatasetRecord, ModelRecord, Page, Plan, 
 from mistudio_engine.demo.embedded import SAE_SEED, corpus
 from mistudio_engine.handlers.models import remove_folder
 from mistudio_engine.handlers.registry import Planned, handles, plans, runs
-from mistudio_engine.handlers.resources import open_tokens, read_source
+from mistudio_engine.handlers.resources import one_at_a_time, open_tokens, read_source
 from mistudio_engine.models import datasets
 from mistudio_engine.models.checkpoint import load_tokenizer
 from mistudio_engine.models.tokens import pack, tokens_key
 from mistudio_engine.runtime.engine import Engine
-from mistudio_engine.runtime.files import atomic_folder, slugify
+from mistudio_engine.runtime.files import atomic_folder, sha256_file, slugify
 from mistudio_engine.runtime.jobs import JobContext
 
 EMBEDDED_DOCUMENTS = 2000
@@ -90,10 +90,7 @@ def run_get_dataset(
 ) -> Generator[Progress, Signal, DatasetRecord]:
     assert context.job.subject
     slug = context.job.subject.partition("/")[2]
-    if engine.store.exists(DatasetRecord, slug):
-        record = _same_dataset(engine.store.get(DatasetRecord, slug), operation)
-    else:
-        record = yield from _bring_in(operation, engine, slug)
+    record = yield from one_at_a_time(engine, context.job.subject, lambda: _bring_in(operation, engine, slug))
     if operation.model is not None:
         settings = TokenizeDataset(
             dataset=slug,
@@ -108,22 +105,36 @@ def run_get_dataset(
 
 
 def _same_dataset(record: DatasetRecord, operation: GetDataset) -> DatasetRecord:
-    if record.source != operation.source or (operation.text_field and record.text_field != operation.text_field):
+    asked = {"source": _source(operation), "config": operation.config, "revision": operation.revision}
+    if record.split is not None:
+        asked["split"] = operation.split
+    if operation.text_field is not None:
+        asked["text_field"] = operation.text_field
+    other = [f"{name} {getattr(record, name)!r}" for name, value in asked.items() if getattr(record, name) != value]
+    if other:
         raise Conflict(
-            f"{record.ref} exists already, from {record.source}.",
+            f"{record.ref} exists already, with {' and '.join(other)}.",
             fix="Give the new one another name, or delete the old one.",
             next_call=("get_dataset", {"source": operation.source, "name": f"{record.slug}-2"}),
         )
     return record
 
 
+def _source(operation: GetDataset) -> str:
+    """Where its text is, wherever a later engine is started."""
+    return str(read_source(operation.source, "dataset").path or operation.source)
+
+
 def _bring_in(operation: GetDataset, engine: Engine, slug: str) -> Generator[Progress, Signal, DatasetRecord]:
+    if engine.store.exists(DatasetRecord, slug):
+        return _same_dataset(engine.store.get(DatasetRecord, slug), operation)
     source = read_source(operation.source, "dataset")
+    has_splits = source.kind == "hub" or (source.path is not None and source.path.is_dir())
     record = DatasetRecord(
         slug=slug,
-        source=operation.source,
+        source=_source(operation),
         config=operation.config,
-        split=operation.split if source.kind == "hub" else None,
+        split=operation.split if has_splits else None,
         revision=operation.revision,
     )
     path = source.path
@@ -199,6 +210,15 @@ def tokenize(operation: TokenizeDataset, engine: Engine) -> Generator[Progress, 
     }
     key = tokens_key(f"{dataset.source}@{dataset.revision}:{dataset.sha256}", tokenizer, settings)
     slug = f"{dataset.slug[:60]}-{model.slug[:40]}-{key[:8]}"
+    work = partial(_packed, operation, engine, slug, tokenizer)
+    return (yield from one_at_a_time(engine, f"tokens/{slug}", work))
+
+
+def _packed(
+    operation: TokenizeDataset, engine: Engine, slug: str, tokenizer: Any
+) -> Generator[Progress, Signal, TokensRecord]:
+    dataset = engine.store.get(DatasetRecord, operation.dataset)
+    model = engine.store.get(ModelRecord, operation.model)
     if engine.store.exists(TokensRecord, slug):
         return engine.store.get(TokensRecord, slug)
     folder = engine.home / "datasets" / "tokens" / slug
@@ -224,11 +244,12 @@ def tokenize(operation: TokenizeDataset, engine: Engine) -> Generator[Progress, 
         n_contexts=info.n_contexts,
         n_documents=info.n_documents,
         folder=str(folder.relative_to(engine.home)),
-        sha256=hashlib.sha256((folder / "tokens.safetensors").read_bytes()).hexdigest(),
+        sha256=sha256_file(folder / "tokens.safetensors"),
     )
     with engine.store.transaction():
         engine.store.insert(record)
-        engine.store.update(DatasetRecord, dataset.slug, tokens=[*dataset.tokens, slug])
+        others = engine.store.get(DatasetRecord, dataset.slug).tokens  # more may have come while this one was made
+        engine.store.update(DatasetRecord, dataset.slug, tokens=[*others, slug])
     return record
 
 
@@ -305,7 +326,7 @@ def delete_dataset(operation: DeleteDataset, engine: Engine) -> Deleted:
         each.ref
         for one in tokens
         for each in engine.store.all(TrainingRecord, tokens=one.slug)
-        if each.status == "running"
+        if each.status in ("pending", "running", "paused")
     ]
     if users:
         raise Conflict(f"{record.ref} is being used by {', '.join(users)}.", fix="Stop that first.")

@@ -127,6 +127,7 @@ def run_export(operation: Export, engine: Engine, context: JobContext) -> Genera
         output_path=str(written.path),
         file_size_bytes=written.n_bytes,
         sha256=written.sha256,
+        feature_count=written.n_features,
         completed_at=time.time(),
     )
 

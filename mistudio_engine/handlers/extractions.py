@@ -12,7 +12,7 @@ import torch
 from mistudio_engine.api.errors import BadInput
 from mistudio_engine.api.events import Progress, Signal
 from mistudio_engine.api.operations.extractions import Extract, ListExtractions, ShowExtraction
-from mistudio_engine.api.records import ExtractionRecord, Page, Plan, SAERecord
+from mistudio_engine.api.records import ExtractionRecord, JobState, Page, Plan, SAERecord
 from mistudio_engine.discovery.extraction import extract, working_bytes
 from mistudio_engine.discovery.extraction_store import ExtractionStore
 from mistudio_engine.discovery.logit_lens import logit_lens
@@ -21,12 +21,14 @@ from mistudio_engine.handlers.knowledge import DATA_FOLDER, LOGITS_FILE, Knowled
 from mistudio_engine.handlers.registry import Planned, handles, plans, runs
 from mistudio_engine.handlers.resources import (
     fitting_model,
+    free_slug,
     language_model,
     open_tokens,
     sparse_autoencoder,
     tokens_of,
 )
 from mistudio_engine.handlers.search_index import index_features
+from mistudio_engine.models.hooks import parse_hook
 from mistudio_engine.models.language_model import LanguageModel, unembedding
 from mistudio_engine.runtime.engine import Engine
 from mistudio_engine.runtime.files import sha256_folder
@@ -35,6 +37,9 @@ from mistudio_engine.saes import SAE
 
 LOGITS_KEPT = 100
 """Tokens kept at each end of a feature's logits: what the export may ask for."""
+
+RESIDUAL_SITES = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
+"""Sites whose values are added to the residual stream: not `attn.hook_z`, though it is as wide in most models."""
 
 PASS, LENS = 0.8, 0.9
 """Where the pass and the lens end on the way from 0 to 1; the index is the rest."""
@@ -56,9 +61,11 @@ def plan_extract(operation: Extract, engine: Engine) -> Planned:
             f"{sae.ref} has no feature {beyond[0]}.", why=f"Its features are 0 to {sae.d_sae - 1}.", fix="Leave it out."
         )
     n_tokens = min(operation.n_tokens or tokens.n_tokens, tokens.n_tokens)
-    slug = engine.store.new_slug(ExtractionRecord, f"{sae.slug}-{n_tokens // 1000}k")
+    # A failed or cancelled job may be told to try again: only a completed one has no more use for its name.
+    slug = free_slug(engine, f"{sae.slug}-{n_tokens // 1000}k", ExtractionRecord, released={JobState.COMPLETED})
+    n_features = len(operation.features or []) or sae.d_sae
     plan = Plan(
-        summary=f"Extract {len(operation.features or []) or sae.d_sae:,} features of {sae.ref} from {n_tokens:,} tokens.",
+        summary=f"Extract {n_features:,} features of {sae.ref} from {n_tokens:,} tokens.",
         memory_bytes=working_bytes(sae.d_sae, n_examples=operation.n_examples),
         details={"n_tokens": n_tokens, "tokens": tokens.slug},
     )
@@ -71,6 +78,18 @@ def run_extract(
 ) -> Generator[Progress, Signal, ExtractionRecord]:
     assert context.job.subject
     slug = context.job.subject.partition("/")[2]
+    # The name is this job's alone: what has it was made before the engine was killed.
+    if engine.store.exists(ExtractionRecord, slug):
+        record = engine.store.get(ExtractionRecord, slug)
+    else:
+        record = yield from _extract(operation, engine, slug)
+    with Knowledge.of(engine, operation.sae) as known:
+        yield from index_features(engine, known, known.alive())
+    return record
+
+
+def _extract(operation: Extract, engine: Engine, slug: str) -> Generator[Progress, Signal, ExtractionRecord]:
+    """The pass and the lens, written down as the SAE's current extraction."""
     sae_record = engine.store.get(SAERecord, operation.sae)
     model = fitting_model(engine, sae_record)
     tokens = tokens_of(engine, operation.dataset, sae_record)
@@ -95,7 +114,7 @@ def run_extract(
                     provenance={"sae": sae_record.sha256, "model": model.sha256, "tokens": tokens.sha256},
                 )
                 extraction = yield from _within(work, 0.0, PASS)
-            yield from _lens(lm, sae, extraction, folder / LOGITS_FILE)
+            yield from _lens(lm, sae, sae_record.hook_name, extraction, folder / LOGITS_FILE)
         info = extraction.info
         record = ExtractionRecord(
             slug=slug,
@@ -118,10 +137,6 @@ def run_extract(
         if not engine.store.exists(ExtractionRecord, slug):
             shutil.rmtree(folder, ignore_errors=True)
         raise
-    assert engine.index is not None
-    engine.index.delete_sae(sae_record.slug)  # rows of an earlier extraction
-    with Knowledge.of(engine, sae_record.slug) as known:
-        yield from index_features(engine, known, known.alive())
     return record
 
 
@@ -140,11 +155,12 @@ def _within(work: Any, start: float, end: float) -> Generator[Progress, Signal, 
 
 
 def _lens(
-    lm: LanguageModel, sae: SAE, extraction: ExtractionStore, path: Path
+    lm: LanguageModel, sae: SAE, hook_name: str, extraction: ExtractionStore, path: Path
 ) -> Generator[Progress, Signal, None]:
     """Write what every extracted feature promotes; nothing where it does not write into the residual stream."""
     W_U, gain = unembedding(lm)
-    if sae.cfg.output_width != W_U.shape[1]:
+    site = parse_hook(sae.cfg.hook_name_out or hook_name).site
+    if site not in RESIDUAL_SITES or sae.cfg.output_width != W_U.shape[1]:
         return
     rows = sae.W_dec[torch.from_numpy(extraction.indices.copy())]
     work = logit_lens(rows, W_U, gain, k=min(LOGITS_KEPT, W_U.shape[0]))

@@ -54,13 +54,16 @@ def _indexed(operation: SearchFeatures, engine: Engine, query: str) -> FeaturePa
     opened: dict[str, Knowledge] = {}
     rows = []
     for hit in hits.rows:
-        known = opened.setdefault(hit.sae, Knowledge.of(engine, hit.sae))
-        rows.append(known.row(hit.index, score=hit.score, why=hit.why))
+        try:
+            known = opened.get(hit.sae) or opened.setdefault(hit.sae, Knowledge.of(engine, hit.sae))
+            rows.append(known.row(hit.index, score=hit.score, why=hit.why))
+        except NotFound:
+            continue  # deleted, or extracted anew with fewer features, since it was put into the index
     dense = 0 if operation.include_dense else engine.index.count(Where(sae=operation.sae, dense=True))
     return FeaturePage(
         rows=rows,
         total=hits.total,
-        shown=hits.shown,
+        shown=len(rows),
         next_cursor=hits.next_cursor,
         mode=hits.mode,
         embedder=hits.embedder,
@@ -89,17 +92,12 @@ def _listed(operation: SearchFeatures, engine: Engine) -> FeaturePage:
         known = opened[sae.slug] = Knowledge(engine, sae)
         indices = known.listed(operation.include_dense)
         if operation.category:
-            path = operation.category
-            indices = [i for i in indices if (label := known.labels.get(i)) and _is_within(label.category, path)]
+            indices = [index for index in indices if _is_labelled_within(known, index, operation.category)]
         keys += [FeatureKey(sae.slug, index) for index in indices]
         for reason, count in known.hidden(operation.include_dense).items():
             hidden[reason] = hidden.get(reason, 0) + count
-    start, versions = _read_cursor(operation.cursor), "+".join(known.record.slug for known in opened.values())
-    if start and start[1] != versions:
-        raise BadInput(
-            "The cursor belongs to another list.", why="There is a newer extraction.", fix="Begin again without it."
-        )
-    offset = start[0] if start else 0
+    versions = "+".join(known.record.slug for known in opened.values())
+    offset = _offset(operation.cursor, versions)
     chosen = keys[offset : offset + operation.limit]
     end = offset + len(chosen)
     return FeaturePage(
@@ -113,22 +111,37 @@ def _listed(operation: SearchFeatures, engine: Engine) -> FeaturePage:
     )
 
 
-def _is_within(category: str, path: str) -> bool:
-    return category == path or category.startswith(f"{path} > ")
+def _is_labelled_within(known: Knowledge, index: int, path: str) -> bool:
+    label = known.labels.get(index)
+    return label is not None and (label.category == path or label.category.startswith(f"{path} > "))
 
 
 def _cursor(offset: int, versions: str) -> str:
     return base64.urlsafe_b64encode(f"{offset}|{versions}".encode()).decode()
 
 
-def _read_cursor(cursor: str | None) -> tuple[int, str] | None:
+def _offset(cursor: str | None, asked: str) -> int:
+    """Where the page begins that a cursor of the list `asked` names.
+
+    Raises:
+        BadInput: it is no cursor, or of another list.
+    """
     if cursor is None:
-        return None
+        return 0
     try:
-        offset, _, versions = base64.urlsafe_b64decode(cursor.encode()).decode().partition("|")
-        return int(offset), versions
+        offset, _, listed = base64.urlsafe_b64decode(cursor.encode()).decode().partition("|")
+        begin = int(offset)
+        if begin < 0:
+            raise ValueError("a place before the first")
     except (ValueError, UnicodeError):
         raise BadInput(f"{cursor!r} is not a cursor.", fix="Pass next_cursor of the page before, or none.") from None
+    if listed != asked:
+        raise BadInput(
+            "The cursor belongs to another list.",
+            why="The query is another one, or there is a newer extraction.",
+            fix="Begin again without it.",
+        )
+    return begin
 
 
 def _firing_on_token(operation: SearchFeatures, engine: Engine, query: str) -> FeaturePage:
@@ -150,6 +163,8 @@ def _firing_on_token(operation: SearchFeatures, engine: Engine, query: str) -> F
         n_active = table["n_active"].to_numpy()
         for row in np.flatnonzero(on_token):
             index = int(table["feature"][int(row)].as_py())
+            if operation.category and not _is_labelled_within(known, index, operation.category):
+                continue
             if not operation.include_dense and known.extraction.feature(index).dense:
                 n_dense += 1
                 continue
@@ -157,8 +172,8 @@ def _firing_on_token(operation: SearchFeatures, engine: Engine, query: str) -> F
             why = f"{on_token[row]:.0f} of its {n_active[row]} activations are on {query!r}"
             found.append((min(share, 1.0), FeatureKey(sae.slug, index), why))
     found.sort(key=lambda each: (-each[0], each[1]))
-    start = _read_cursor(operation.cursor)
-    offset = start[0] if start else 0
+    asked = "+".join([query, *(known.record.slug for known in opened.values())])
+    offset = _offset(operation.cursor, asked)
     chosen = found[offset : offset + operation.limit]
     rows: list[FeatureRow] = [opened[key.sae].row(key.index, score=score, why=why) for score, key, why in chosen]
     end = offset + len(rows)
@@ -166,7 +181,7 @@ def _firing_on_token(operation: SearchFeatures, engine: Engine, query: str) -> F
         rows=rows,
         total=len(found),
         shown=len(rows),
-        next_cursor=_cursor(end, query) if end < len(found) else None,
+        next_cursor=_cursor(end, asked) if end < len(found) else None,
         mode="token",
         hidden={"dense": n_dense} if n_dense else {},
         extraction=_only(known.record.slug for known in opened.values()),

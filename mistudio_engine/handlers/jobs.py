@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from mistudio_engine.api.operations.jobs import ControlJob, EventPage, ListEvents, ListJobs, ShowJob
-from mistudio_engine.api.records import Job, Page
+from mistudio_engine.api.records import Job, Page, TrainingRecord
 from mistudio_engine.handlers.registry import handles
 from mistudio_engine.runtime.engine import Engine
+
+
+def training_now(engine: Engine, record: TrainingRecord) -> TrainingRecord:
+    """The record with its job's latest numbers."""
+    if not record.jobs:
+        return record
+    job = engine.jobs.get(record.jobs[-1])
+    return record.model_copy(update={"progress": 100 * (job.progress or 0.0), "metrics": job.metrics})
 
 
 @handles(ListJobs)

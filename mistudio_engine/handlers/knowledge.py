@@ -145,15 +145,14 @@ class Knowledge:
     def histogram(self, index: int, bins: int) -> Histogram:
         """Activations above zero in linear bins."""
         found = self.extraction.histogram(index, bins)
-        return Histogram(
-            bin_edges=[float(edge) for edge in found.edges], counts=[int(count) for count in found.counts]
-        )
+        return Histogram(bin_edges=[float(edge) for edge in found.edges], counts=[int(count) for count in found.counts])
 
     def logit_tokens(self, index: int, k: int) -> tuple[list[LogitToken], list[LogitToken]] | None:
         """The tokens that a feature promotes and suppresses most, strongest first."""
         if self.logits is None:
             return None
-        effects = self.logits.feature(index, k)
+        # The file has a row for each feature of the extraction, which may be a selection.
+        effects = self.logits.feature(int(np.searchsorted(self.extraction.indices, index)), k)
         return (
             self._logit_tokens(effects.promoted_ids, effects.promoted_values),
             self._logit_tokens(effects.suppressed_ids, effects.suppressed_values),

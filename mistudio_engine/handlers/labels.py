@@ -30,8 +30,11 @@ SAMPLES_SHOWN = 8
 @plans(LabelFeatures)
 def plan_label_features(operation: LabelFeatures, engine: Engine) -> Planned:
     with Knowledge.of(engine, operation.sae) as known:
+        covered = set(known.extraction.indices.tolist()) if operation.features else set()
         for index in operation.features or []:
             known.check_index(index)
+            if index not in covered:
+                known.extraction.feature(index)  # which says that the extraction was of other features
         n = len(operation.features) if operation.features is not None else known.record.n_alive
         plan = Plan(
             summary=f"Label {n:,} features of {known.sae.ref} by their token patterns.", details={"n_features": n}
@@ -44,30 +47,34 @@ def run_label_features(
     operation: LabelFeatures, engine: Engine, context: JobContext
 ) -> Generator[Progress, Signal, LabellingReport]:
     with Knowledge.of(engine, operation.sae) as known:
-        indices = list(operation.features) if operation.features is not None else list(known.alive())
+        indices = list(dict.fromkeys(operation.features if operation.features is not None else known.alive()))
         # A person's or an agent's label stays: looking for another would be for nothing.
         kept = {index for index in indices if _is_foreign(known.labels.get(index))}
-        wanted = [index for index in indices if index not in kept]
+        ours = {index for index in indices if _author(known.labels.get(index)) == f"job:{context.job.slug}"}
+        wanted = [index for index in indices if index not in kept | ours]
         labeller = _labeller(known)
         failures: Counter[str] = Counter()
         samples: list[dict[str, Any]] = []
         changed: list[int] = []
-        n_labelled = 0
+        n_labelled = len(ours)  # by this job before the engine was killed
         found = labeller.label_all(_evidence(known, wanted))
-        for n_done, outcome in enumerate(found, start=1):
-            if isinstance(outcome, LabelFailure):
-                failures[outcome.reason] += 1
-            elif _write(engine, operation.sae, outcome, context) is None:
-                kept.add(outcome.feature)  # somebody labelled it meanwhile
-            else:
-                n_labelled += 1
-                changed.append(outcome.feature)
-                samples = _best([*samples, _sample(outcome)])
-            if len(changed) >= LABELLED_AT_ONCE or n_done == len(wanted):
-                update_rows(engine, operation.sae, changed)
-                changed = []
-            yield Progress(stage="labelling", fraction=n_done / len(wanted), unit="features")
-    engine.store.update(SAERecord, operation.sae, n_labelled=len(engine.store.labels(operation.sae)))
+        try:
+            for n_done, outcome in enumerate(found, start=1):
+                if isinstance(outcome, LabelFailure):
+                    failures[outcome.reason] += 1
+                elif _write(engine, operation.sae, outcome, context) is None:
+                    kept.add(outcome.feature)  # somebody labelled it meanwhile
+                else:
+                    n_labelled += 1
+                    changed.append(outcome.feature)
+                    samples = _best([*samples, _sample(outcome)])
+                if len(changed) >= LABELLED_AT_ONCE:
+                    update_rows(engine, operation.sae, changed)
+                    changed = []
+                yield Progress(stage="labelling", fraction=n_done / len(wanted), unit="features")
+        finally:  # cancelled or not: what is labelled is found
+            update_rows(engine, operation.sae, changed)
+            engine.store.update(SAERecord, operation.sae, n_labelled=len(engine.store.labels(operation.sae)))
     return LabellingReport(
         sae=operation.sae,
         n_labelled=n_labelled,
@@ -76,6 +83,10 @@ def run_label_features(
         failures=dict(failures),
         samples=samples,
     )
+
+
+def _author(label: LabelRecord | None) -> str:
+    return label.author if label is not None else ""
 
 
 def _is_foreign(label: LabelRecord | None) -> bool:

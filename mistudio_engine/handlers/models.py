@@ -25,7 +25,7 @@ from mistudio_engine.api.operations.models import (
 from mistudio_engine.api.records import ModelRecord, Page, Plan, SAERecord, TokensRecord
 from mistudio_engine.demo.embedded import model_folder
 from mistudio_engine.handlers.registry import Planned, handles, plans, runs
-from mistudio_engine.handlers.resources import EMBEDDED, Source, language_model, read_source
+from mistudio_engine.handlers.resources import EMBEDDED, Source, language_model, one_at_a_time, read_source
 from mistudio_engine.models.checkpoint import read_config
 from mistudio_engine.models.language_model import LanguageModel, architecture, n_params, weight_bytes
 from mistudio_engine.runtime.engine import Engine
@@ -70,6 +70,10 @@ def _wants_preview(operation: GetModel, source: Source) -> bool:
 def run_get_model(operation: GetModel, engine: Engine, context: JobContext) -> Generator[Progress, Signal, ModelRecord]:
     assert context.job.subject
     slug = context.job.subject.partition("/")[2]
+    return (yield from one_at_a_time(engine, context.job.subject, lambda: _bring_in(operation, engine, slug)))
+
+
+def _bring_in(operation: GetModel, engine: Engine, slug: str) -> Generator[Progress, Signal, ModelRecord]:
     known = _same_model(engine, slug, operation)
     if known is not None:
         return known
@@ -174,10 +178,17 @@ def delete_model(operation: DeleteModel, engine: Engine) -> Deleted:
             f"{record.ref} is still needed by {', '.join(users[:5])}{', …' if len(users) > 5 else ''}.",
             fix="Delete those first.",
         )
-    if any(each.key == record.ref for each in engine.memory.loaded()):
-        engine.compute.run(partial(engine.memory.unload, record.ref))
+    _let_go(engine, record.ref)
     engine.store.delete(ModelRecord, record.slug)
-    return Deleted(ref=record.ref, freed_bytes=remove_folder(engine, record.folder))
+    # A folder that was brought in stays, even where it lies in the data directory.
+    freed = remove_folder(engine, record.folder) if record.folder == f"models/{record.slug}" else 0
+    return Deleted(ref=record.ref, freed_bytes=freed)
+
+
+def _let_go(engine: Engine, ref: str) -> None:
+    """Take it out of memory if it is there; Conflict while somebody works with it."""
+    if any(each.key == ref for each in engine.memory.loaded()):
+        engine.compute.run(partial(engine.memory.unload, ref))
 
 
 def remove_folder(engine: Engine, folder: str) -> int:
@@ -211,6 +222,7 @@ def run_download_model(
     fresh = target.with_name(f"{target.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
     yield from engine.hub.download("model", record.source, fresh, revision=record.revision)
+    _let_go(engine, record.ref)  # what lies in memory are the old weights
     shutil.rmtree(target, ignore_errors=True)
     fresh.rename(target)
     digest = ",".join(sha256_file(path) for path in sorted(target.glob("*.safetensors")))

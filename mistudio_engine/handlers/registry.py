@@ -1,7 +1,7 @@
 """Which function carries out which operation: three dicts, filled by three decorators.
 
-`handles(Op)` answers at once. A `JobOperation` has a pair instead: `plans(Op)` checks the arguments and says what it would
-cost, without changing anything; `runs(Op)` is the job, a generator. The registry knows neither store nor torch.
+`handles(Op)` answers at once. A `JobOperation` has a pair instead: `plans(Op)` checks the arguments and says what it
+would cost, without changing anything; `runs(Op)` is the job, a generator. The registry knows neither store nor torch.
 """
 
 from __future__ import annotations

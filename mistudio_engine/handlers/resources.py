@@ -6,16 +6,28 @@ The joint between records and science objects. It knows no operation.
 from __future__ import annotations
 
 import gc
+import itertools
 import re
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Collection, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
-from mistudio_engine.api.errors import BadInput, NotFound, WrongShape
-from mistudio_engine.api.records import DatasetRecord, ModelRecord, SAERecord, TokensRecord
+from mistudio_engine.api.errors import BadInput, Conflict, NotFound, WrongShape
+from mistudio_engine.api.events import Progress, Signal
+from mistudio_engine.api.records import (
+    TERMINAL_STATES,
+    DatasetRecord,
+    Job,
+    ModelRecord,
+    Record,
+    SAERecord,
+    TokensRecord,
+)
 from mistudio_engine.api.sae_config import parse_sae_config, sae_bytes
 from mistudio_engine.models.hooks import check_hook, check_width
 from mistudio_engine.models.language_model import LanguageModel
@@ -29,7 +41,9 @@ __all__ = [
     "best_device",
     "check_fit",
     "fitting_model",
+    "free_slug",
     "language_model",
+    "one_at_a_time",
     "open_tokens",
     "read_source",
     "sparse_autoencoder",
@@ -38,6 +52,11 @@ __all__ = [
 
 EMBEDDED = "embedded"
 """Source name of the model and the corpus that come with miStudio."""
+
+T = TypeVar("T")
+
+WAIT_SECONDS = 0.1
+"""Between two looks whether another job is done; it may be the compute thread that waits."""
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 
@@ -76,6 +95,58 @@ def read_source(source: str, what: str) -> Source:
             fix="Give an existing path, or a hub id such as owner/name.",
         )
     return Source("hub", hub_id=source)
+
+
+def free_slug(
+    engine: Engine, stem: str, *kinds: type[Record], released: Collection[str] = TERMINAL_STATES, exact: bool = False
+) -> str:
+    """`stem`, or the first of `stem-2`, `stem-3`, … that nothing has and no job may still make.
+
+    Args:
+        kinds: no record of any of these may have it.
+        released: states of a job in which it has no more use for a name.
+        exact: `stem` itself or none: somebody chose it.
+
+    Raises:
+        Conflict: `exact`, and it is taken.
+    """
+    for slug in (stem, *(f"{stem}-{number}" for number in itertools.count(2))):
+        refs = [f"{kind.kind}/{slug}" for kind in kinds if engine.store.exists(kind, slug)]
+        for kind in kinds:
+            jobs = engine.store.all(Job, subject=f"{kind.kind}/{slug}")
+            refs += [job.ref for job in jobs if job.state not in released]
+        if not refs:
+            return slug
+        if exact:
+            raise Conflict(f"The name {slug!r} is taken by {refs[0]}.", fix="Give the new one another name.")
+    raise AssertionError("count() does not end")
+
+
+_making: set[tuple[str, str]] = set()
+_making_lock = threading.Lock()
+
+
+def one_at_a_time(
+    engine: Engine, ref: str, work: Callable[[], Generator[Progress, Signal, T]]
+) -> Generator[Progress, Signal, T]:
+    """Do `work`, which makes or replaces the files of `ref`, once nobody else does: two would delete each other's."""
+    key = (engine.epoch, ref)
+    while not _claimed(key):
+        yield Progress(stage=f"waiting for another job that works on {ref}")
+        time.sleep(WAIT_SECONDS)
+    try:
+        return (yield from work())
+    finally:
+        with _making_lock:
+            _making.discard(key)
+
+
+def _claimed(key: tuple[str, str]) -> bool:
+    with _making_lock:
+        if key in _making:
+            return False
+        _making.add(key)
+        return True
 
 
 def best_device() -> str:

@@ -20,13 +20,14 @@ from mistudio_engine.api.operations.saes import (
     ShowSAE,
     ShowSAEConfig,
 )
-from mistudio_engine.api.records import Evaluation, ExtractionRecord, ModelRecord, Page, Plan, SAERecord
+from mistudio_engine.api.records import Evaluation, ExtractionRecord, ModelRecord, Page, Plan, SAERecord, TrainingRecord
 from mistudio_engine.handlers.models import remove_folder
 from mistudio_engine.handlers.registry import Planned, handles, plans, runs
 from mistudio_engine.handlers.resources import (
     Source,
     check_fit,
     fitting_model,
+    free_slug,
     language_model,
     open_tokens,
     read_source,
@@ -50,16 +51,26 @@ def plan_get_sae(operation: GetSAE, engine: Engine) -> Planned:
     if source.kind == "embedded":
         raise BadInput("There is no embedded SAE.", fix="Train one on the embedded model with train_sae.")
     if source.path is not None:
-        folder = safe_path(source.path, operation.path) if operation.path else source.path
-        detect_format(folder)
+        detect_format(_inside(source.path, operation.path))
+    elif operation.path:
+        safe_path(engine.home, operation.path)  # refused before anything is fetched
+    if operation.model is not None:
+        engine.store.get(ModelRecord, operation.model)
+    if operation.hook_name is not None:
+        parse_hook(operation.hook_name)
     stem = operation.name or slugify("-".join(part for part in (Path(operation.source).name, operation.path) if part))
     disk = (
-        engine.hub.size("sae", source.hub_id, operation.revision, operation.path or None) if _remote(source, operation) else 0
+        engine.hub.size("sae", source.hub_id, operation.revision, operation.path or None)
+        if _remote(source, operation)
+        else 0
     )
-    if operation.name is not None and engine.store.exists(SAERecord, operation.name):
-        raise Conflict(f"sae/{operation.name} exists already.", fix="Give the new one another name.")
-    slug = engine.store.new_slug(SAERecord, stem)
+    # A training has the name of the SAE that it will make.
+    slug = free_slug(engine, stem, SAERecord, TrainingRecord, exact=operation.name is not None)
     return Planned(Plan(summary=f"Bring in {operation.source} as sae/{slug}.", disk_bytes=disk), subject=f"sae/{slug}")
+
+
+def _inside(folder: Path, path: str) -> Path:
+    return safe_path(folder, path) if path else folder
 
 
 def _remote(source: Source, operation: GetSAE) -> bool:
@@ -71,6 +82,9 @@ def run_get_sae(operation: GetSAE, engine: Engine, context: JobContext) -> Gener
     assert context.job.subject
     slug = context.job.subject.partition("/")[2]
     source = read_source(operation.source, "SAE")
+    origin = "/".join(part for part in (operation.source, operation.path) if part)
+    if engine.store.exists(SAERecord, slug):
+        return _same_sae(engine.store.get(SAERecord, slug), origin)
     target = engine.home / "saes" / slug
     fetched: Path | None = None
     if source.hub_id is not None:
@@ -79,10 +93,10 @@ def run_get_sae(operation: GetSAE, engine: Engine, context: JobContext) -> Gener
         yield from engine.hub.download(
             "sae", source.hub_id, fetched, revision=operation.revision, path=operation.path or None
         )
-        folder = fetched / operation.path
+        folder = _inside(fetched, operation.path)
     else:
         assert source.path is not None
-        folder = safe_path(source.path, operation.path) if operation.path else source.path
+        folder = _inside(source.path, operation.path)
     try:
         yield Progress(stage="checking", fraction=0.9)
         found = detect_format(folder)
@@ -91,8 +105,12 @@ def run_get_sae(operation: GetSAE, engine: Engine, context: JobContext) -> Gener
         model = operation.model or _model_of(engine, sae)
         if model is not None and hook_name is not None:
             engine.compute.run(partial(_check, engine, model, hook_name, sae))
+        layer = parse_hook(hook_name).layer if hook_name else None
+        # The weights say the same as the record: who measures a feature's activation looks there.
+        sae.cfg = sae.cfg.model_copy(update={"hook_name": hook_name})
         # Kept as a SAELens folder whatever it came as: one format at rest, and everybody can take it elsewhere.
-        save_sae(sae, target, provenance={"source": operation.source, "path": operation.path}, replace=True)
+        provenance = {"source": operation.source, "path": operation.path, "revision": operation.revision}
+        save_sae(sae, target, provenance=provenance, replace=True)
     finally:
         if fetched is not None:
             shutil.rmtree(fetched, ignore_errors=True)
@@ -100,10 +118,10 @@ def run_get_sae(operation: GetSAE, engine: Engine, context: JobContext) -> Gener
         SAERecord(
             slug=slug,
             source="huggingface" if source.kind == "hub" else "upload",
-            origin="/".join(part for part in (operation.source, operation.path) if part),
+            origin=origin,
             model=model or sae.cfg.model_name,
             hook_name=hook_name or "",
-            layer=parse_hook(hook_name).layer if hook_name else None,
+            layer=layer,
             architecture=sae.cfg.architecture,
             d_in=sae.cfg.d_in,
             d_sae=sae.cfg.d_sae,
@@ -113,6 +131,13 @@ def run_get_sae(operation: GetSAE, engine: Engine, context: JobContext) -> Gener
             config=sae.cfg.model_dump(mode="json"),
         )
     )
+
+
+def _same_sae(record: SAERecord, origin: str) -> SAERecord:
+    """The SAE that is there under our name already, when it is ours: the engine was killed after writing it."""
+    if record.origin == origin:
+        return record
+    raise Conflict(f"{record.ref} exists already, from {record.origin or 'a training'}.", fix="Give another name.")
 
 
 def _model_of(engine: Engine, sae: SAE) -> str | None:
@@ -173,9 +198,8 @@ def delete_sae(operation: DeleteSAE, engine: Engine) -> Deleted:
 def convert_sae(operation: ConvertSAE, engine: Engine) -> SAERecord:
     record = engine.store.get(SAERecord, operation.sae)
     form = FORMATS[operation.format]
-    slug = operation.name or engine.store.new_slug(SAERecord, f"{record.slug}-{operation.format}")
-    if engine.store.exists(SAERecord, slug):
-        raise Conflict(f"sae/{slug} exists already.", fix="Give the copy another name.")
+    stem = operation.name or f"{record.slug}-{operation.format}"
+    slug = free_slug(engine, stem, SAERecord, TrainingRecord, exact=operation.name is not None)
     folder = engine.home / "saes" / slug
 
     def write() -> None:
@@ -185,6 +209,7 @@ def convert_sae(operation: ConvertSAE, engine: Engine) -> SAERecord:
     engine.compute.run(write)
     changes = {
         "slug": slug,
+        "created_at": 0.0,
         "format": form,
         "folder": str(folder.relative_to(engine.home)),
         "sha256": sha256_folder(folder),

@@ -92,7 +92,7 @@ def _on_compute_thread(engine: Engine, work: Any) -> Any:
 
 
 def index_features(engine: Engine, known: Knowledge, indices: Iterable[int]) -> Generator[Progress, Signal, int]:
-    """Put features into the index, in small steps; how many."""
+    """Put features into the index, in small steps, in the place of what it had of their SAE; how many."""
     assert engine.index is not None
     everything = list(indices)
     rows: list[dict[str, Any]] = []
@@ -100,6 +100,7 @@ def index_features(engine: Engine, known: Knowledge, indices: Iterable[int]) -> 
         some = everything[start : start + EMBEDDED_AT_ONCE]
         rows += _with_vectors(engine, [known.search_row(index) for index in some])
         yield Progress(stage="indexing", fraction=0.9 + 0.1 * (start + len(some)) / len(everything))
+    engine.index.delete_sae(known.sae.slug)  # only now: a search meanwhile finds the earlier ones
     engine.index.upsert(rows)  # type: ignore[arg-type]
     return len(rows)
 

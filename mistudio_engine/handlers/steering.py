@@ -1,7 +1,7 @@
 """Handlers of api/operations/steering.py: a model is steered along features and compared with itself.
 
-Steering runs on the interactive lane, a token a step, so it shares the card with a training. Each run is kept as an
-experiment that can be repeated.
+Steering runs on the interactive lane, a token a step, so it shares the card with a training. Comparisons and sweeps are
+kept as experiments that can be repeated. How an intervention acts and how its effect is measured is not known here.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from mistudio_engine.api.errors import BadInput, NotFound, WrongShape
 from mistudio_engine.api.events import Progress, Signal
 from mistudio_engine.api.operations.steering import Generate, Steer, Sweep
-from mistudio_engine.api.records import ExperimentRecord, ModelRecord, Plan, SAERecord
+from mistudio_engine.api.records import ExperimentRecord, ExtractionRecord, ModelRecord, Plan, SAERecord
 from mistudio_engine.api.refs import feature_of
 from mistudio_engine.api.steering import (
     Completion,
@@ -42,12 +42,13 @@ from mistudio_engine.steering.sampling import Sampling
 NORM_CONTEXTS = 8
 """Contexts on which a layer's typical norm is measured: about a thousand tokens, of which the median is taken."""
 
-PLAIN_FACTORS = ("suppress", "orthogonal")
-"""Methods whose strength is a factor and has no unit."""
+PLAIN_FACTORS = ("suppress", "orthogonal", "ablate")
+"""Methods whose strength is a factor and has no unit; `ablate` does not even look at it."""
 
 
 def _plan(engine: Engine, model: str | None, steering: Sequence[Intervention], summary: str) -> Planned:
     """Check every feature against its SAE and the model before anything is queued."""
+    slug = _model_slug(engine, model, steering)
     for each in steering:
         key = feature_of(each.feature)
         sae = engine.store.get(SAERecord, key.sae)
@@ -63,7 +64,12 @@ def _plan(engine: Engine, model: str | None, steering: Sequence[Intervention], s
                     fix="Choose a living feature, or give the strength in unit='norm' or 'raw'.",
                 )
         _fits(engine, sae, model)
-    record = engine.store.get(ModelRecord, _model_slug(engine, model, steering))
+        if model is None and fitting_model(engine, sae).slug != slug:
+            raise BadInput(
+                f"{sae.ref} reads model/{sae.model}, and the first feature's SAE reads model/{slug}.",
+                fix="Steer with features of one model, or name the model if these two stand for the same one.",
+            )
+    record = engine.store.get(ModelRecord, slug)
     return Planned(Plan(summary=summary.format(model=record.ref), memory_bytes=record.n_bytes), subject=record.ref)
 
 
@@ -115,12 +121,15 @@ class _Steering:
             with Knowledge(self.engine, record) as known:
                 max_act = known.extraction.feature(key.index).max
         elif asked.unit == "norm":
-            norm = self._typical_norm(record)
+            norm = self._typical_norm(record, sae.cfg.hook_name_out or record.hook_name)
         return length_of(asked.strength, asked.unit, max_act, norm, decoder_norm=decoder_norm)
 
-    def _typical_norm(self, record: SAERecord) -> float:
-        """The median norm at the SAE's hook on the text that it was trained on."""
-        if record.hook_name not in self.norms:
+    def _typical_norm(self, record: SAERecord, hook_name: str) -> float:
+        """The median norm where the SAE writes, on the text that it was trained on, or else extracted on."""
+        if hook_name not in self.norms:
+            if record.tokens is None and record.extraction is not None:
+                extraction = self.engine.store.get(ExtractionRecord, record.extraction)
+                record = record.model_copy(update={"tokens": extraction.tokens})
             try:
                 tokens = open_tokens(self.engine, tokens_of(self.engine, None, record))
             except NotFound as error:
@@ -128,9 +137,9 @@ class _Steering:
                 raise
             rows = slice(0, NORM_CONTEXTS)
             ids = tokens.ids[rows].long()
-            seen = activations(self.lm, ids, [record.hook_name])[record.hook_name]
-            self.norms[record.hook_name] = typical_norm(seen, tokens.mask(rows, special=False).to(seen.device))
-        return self.norms[record.hook_name]
+            seen = activations(self.lm, ids, [hook_name])[hook_name]
+            self.norms[hook_name] = typical_norm(seen, tokens.mask(rows, special=False).to(seen.device))
+        return self.norms[hook_name]
 
 
 def _sampling(operation: Any) -> Sampling:
@@ -252,7 +261,9 @@ def run_steer(operation: Steer, engine: Engine, context: JobContext) -> Generato
     with _prepared(engine, model, operation.interventions) as (lm, made):
         concept = _token_ids(lm, operation.concept_tokens)
         own = {each.feature for each in made if each.feature is not None}
-        control = [control_for(each, operation.seed, exclude=own) for each in made] if concept else []
+        # A seed each: several interventions with one control feature would add up along one direction.
+        seeds = range(operation.seed, operation.seed + len(made))
+        control = [control_for(*pair, exclude=own) for pair in zip(made, seeds, strict=True)] if concept else []
         work = compare(lm, operation.prompt, made, control=control, concept_ids=concept, sampling=_sampling(operation))
         found = yield from _passed_on(work, context)
         result = SteerResult(

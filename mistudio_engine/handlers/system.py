@@ -35,6 +35,7 @@ from mistudio_engine.api.records import (
     TokensRecord,
     TrainingRecord,
 )
+from mistudio_engine.handlers.jobs import training_now
 from mistudio_engine.handlers.registry import handles
 from mistudio_engine.runtime.engine import Engine
 
@@ -97,8 +98,12 @@ def find(operation: Find, engine: Engine) -> Page[Found]:
     page = engine.store.page(
         RECORDS[operation.kind], query=operation.query, limit=operation.limit, cursor=operation.cursor
     )
-    rows = [_found(record) for record in page.rows]
+    rows = [_found(_now(engine, record)) for record in page.rows]
     return Page[Found](rows=rows, total=page.total, shown=len(rows), next_cursor=page.next_cursor)
+
+
+def _now(engine: Engine, record: Record) -> Record:
+    return training_now(engine, record) if isinstance(record, TrainingRecord) else record
 
 
 def _found(record: Record) -> Found:
@@ -134,7 +139,8 @@ def one_line(record: Record) -> str:
                 f"{quality}{', extracted' if record.extraction else ''}"
             )
         case ExtractionRecord():
-            return f"{record.n_features:,} features of {record.sae} over {record.n_tokens:,} tokens, {record.n_alive:,} alive"
+            counts = f"{record.n_features:,} features, {record.n_alive:,} alive"
+            return f"{counts}, of {record.sae} over {record.n_tokens:,} tokens"
         case ExportRecord():
             return f"{record.format} of {record.sae}: {record.status}"
         case Job():
@@ -146,7 +152,7 @@ def one_line(record: Record) -> str:
 
 @handles(Describe)
 def describe(operation: Describe, engine: Engine) -> Description:
-    record = engine.store.get(RECORDS[operation.kind], operation.slug)
+    record = _now(engine, engine.store.get(RECORDS[operation.kind], operation.slug))
     return Description(
         ref=record.ref,
         record=record.model_dump(mode="json"),

@@ -6,6 +6,7 @@ import logging
 import platform
 import shutil
 from collections.abc import Generator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,14 @@ from mistudio_engine.api.records import (
 from mistudio_engine.api.sae_config import SAEConfig, parse_sae_config, sae_bytes
 from mistudio_engine.api.training_config import check_training, training_bytes
 from mistudio_engine.handlers.datasets import tokenize
+from mistudio_engine.handlers.jobs import training_now
 from mistudio_engine.handlers.models import remove_folder
 from mistudio_engine.handlers.registry import Planned, handles, plans, runs
-from mistudio_engine.handlers.resources import check_fit, language_model, open_tokens, tokens_of
+from mistudio_engine.handlers.resources import check_fit, free_slug, language_model, open_tokens, tokens_of
 from mistudio_engine.models.hooks import parse_hook
 from mistudio_engine.runtime.engine import Engine
 from mistudio_engine.runtime.files import require_free, sha256_folder, slugify
+from mistudio_engine.runtime.job_states import ACTIVE_STATES
 from mistudio_engine.runtime.jobs import JobContext
 from mistudio_engine.saes import save_sae
 from mistudio_engine.training.activations import ActivationStream
@@ -82,7 +85,9 @@ def plan_train_sae(operation: TrainSAE, engine: Engine) -> Planned:
         )
     disk = 4 * sae_bytes(cfg) * 3  # weights and two moments, for the checkpoints that are kept, and the SAE
     require_free(engine.home, disk, "This training")
-    slug = engine.store.new_slug(TrainingRecord, operation.name or _stem(operation, cfg))
+    # The SAE will have the training's name. No job's name is given out again: its metrics are found under it.
+    stem, exact = operation.name or _stem(operation, cfg), operation.name is not None
+    slug = free_slug(engine, stem, TrainingRecord, SAERecord, released=(), exact=exact)
     hyperparameters = operation.hyperparameters
     plan = Plan(
         summary=(
@@ -118,13 +123,19 @@ def plan_train_sae(operation: TrainSAE, engine: Engine) -> Planned:
 def _tokens_or_dataset(engine: Engine, operation: TrainSAE) -> TokensRecord | DatasetRecord:
     """The tokens to train on; a dataset that has none for this model yet is tokenised when the job runs."""
     try:
-        return tokens_of(engine, operation.dataset, None, operation.model)
+        tokens = tokens_of(engine, operation.dataset, None, operation.model)
     except NotFound:
         return engine.store.get(DatasetRecord, operation.dataset.removeprefix("dataset/"))
+    if tokens.model != operation.model:
+        raise BadInput(
+            f"{tokens.ref} was made for model/{tokens.model}, not for model/{operation.model}.",
+            fix="Give the dataset, or one of its tokenisations for this model.",
+        )
+    return tokens
 
 
 def _config(operation: TrainSAE, model: ModelRecord, tokens: TokensRecord | DatasetRecord) -> SAEConfig:
-    """The SAE to train; widths other than the residual stream's are checked against the hook when the model is loaded."""
+    """The SAE to train; widths that only the loaded model knows are checked when it is loaded."""
     point = parse_hook(operation.hook_name)
     if not 0 <= point.layer < model.n_layers:
         raise UnknownHook(
@@ -186,7 +197,9 @@ def run_train_sae(operation: TrainSAE, engine: Engine, context: JobContext) -> G
     assert context.job.subject
     slug = context.job.subject.partition("/")[2]
     model = engine.store.get(ModelRecord, operation.model)
-    tokens = _tokens_or_dataset(engine, operation)
+    # Those that it was planned with, or began with: by now the dataset may have others, too.
+    known = engine.store.get(TrainingRecord, slug).tokens
+    tokens = engine.store.get(TokensRecord, known) if known else _tokens_or_dataset(engine, operation)
     if isinstance(tokens, DatasetRecord):
         tokens = yield from tokenize(TokenizeDataset(dataset=tokens.slug, model=model.slug), engine)
     hyperparameters = operation.hyperparameters
@@ -199,19 +212,19 @@ def run_train_sae(operation: TrainSAE, engine: Engine, context: JobContext) -> G
         save_checkpoint(root, trainer, stream)
 
     root = checkpoint_root(engine, slug)
+    cfg = _config(operation, model, tokens)
     with language_model(engine, model.slug) as lm:
-        cfg = _config(operation, model, tokens)
         check_fit(lm, operation.hook_name, cfg.d_in)
-        stream = ActivationStream(
-            lm,
-            open_tokens(engine, tokens),
-            operation.hook_name,
-            batch_size=hyperparameters.batch_size,
-            buffer_tokens=hyperparameters.buffer_tokens,
-            seed=operation.seed,
-            exclude_special=hyperparameters.exclude_special,
-        )
         with engine.memory.reserve(f"Training {slug}", training_bytes(cfg, hyperparameters), device=engine.device):
+            stream = ActivationStream(
+                lm,
+                open_tokens(engine, tokens),
+                operation.hook_name,
+                batch_size=hyperparameters.batch_size,
+                buffer_tokens=hyperparameters.buffer_tokens,
+                seed=operation.seed,
+                exclude_special=hyperparameters.exclude_special,
+            )
             trainer = Trainer(cfg, hyperparameters, seed=operation.seed, device=engine.device)
             _go_on(trainer, stream, root, context)
             sae = yield from train(trainer, stream, checkpoint=write_checkpoint)
@@ -310,15 +323,6 @@ def follow_trainings(engine: Engine) -> None:
     engine.jobs.on_change(changed)
 
 
-def _with_job(engine: Engine, record: TrainingRecord) -> TrainingRecord:
-    """The record with its job's latest numbers."""
-    if not record.jobs:
-        return record
-    job = engine.jobs.get(record.jobs[-1])
-    progress = 100.0 if job.state == "completed" else 100 * (job.progress or 0.0)
-    return record.model_copy(update={"progress": progress, "metrics": job.metrics})
-
-
 def _job_of(engine: Engine, training: str) -> Job:
     record = engine.store.get(TrainingRecord, training)
     if not record.jobs:
@@ -332,19 +336,22 @@ def list_trainings(operation: ListTrainings, engine: Engine) -> Page[TrainingRec
     page = engine.store.page(
         TrainingRecord, query=operation.query, where=where, limit=operation.limit, cursor=operation.cursor
     )
-    return page.model_copy(update={"rows": [_with_job(engine, record) for record in page.rows]})
+    return page.model_copy(update={"rows": [training_now(engine, record) for record in page.rows]})
 
 
 @handles(ShowTraining)
 def show_training(operation: ShowTraining, engine: Engine) -> TrainingRecord:
-    return _with_job(engine, engine.store.get(TrainingRecord, operation.training))
+    return training_now(engine, engine.store.get(TrainingRecord, operation.training))
 
 
 @handles(DeleteTraining)
 def delete_training(operation: DeleteTraining, engine: Engine) -> Deleted:
     record = engine.store.get(TrainingRecord, operation.training)
-    if record.jobs and engine.jobs.get(record.jobs[-1]).state in ("running", "pausing", "queued"):
+    job = engine.jobs.get(record.jobs[-1]) if record.jobs else None
+    if job is not None and job.state in ACTIVE_STATES:
         raise Conflict(f"{record.ref} is {record.status}.", fix="Stop or cancel it first.")
+    if job is not None and not job.finished:  # paused or interrupted: it must not go on without its record
+        engine.jobs.control(job.slug, "cancel")
     with engine.store.transaction():
         for sae in engine.store.all(SAERecord, training=record.slug):
             engine.store.update(SAERecord, sae.slug, training=None)
@@ -357,7 +364,7 @@ def training_metrics(operation: TrainingMetrics, engine: Engine) -> MetricsPage:
     engine.store.get(TrainingRecord, operation.training)
     channel = f"trainings/{operation.training}"
     events = engine.store.events_after(operation.after, [channel], operation.limit, names=["metrics"])
-    rows = [MetricRow(seq=event.seq, at=event.at, values=event.data["metrics"]) for event in events]
+    rows = [MetricRow(seq=event.seq, at=event.at, values=_finite(event.data["metrics"])) for event in events]
     return MetricsPage(
         rows=rows,
         total=engine.store.count_events(channel, "metrics"),
@@ -366,20 +373,24 @@ def training_metrics(operation: TrainingMetrics, engine: Engine) -> MetricsPage:
     )
 
 
+def _finite(metrics: dict[str, float | None]) -> dict[str, float]:
+    """What JSON could carry: NaN and infinity lie in the log as null."""
+    return {name: value for name, value in metrics.items() if value is not None}
+
+
 @handles(TrainingCheckpoints)
 def training_checkpoints(operation: TrainingCheckpoints, engine: Engine) -> CheckpointPage:
     record = engine.store.get(TrainingRecord, operation.training)
     root = checkpoint_root(engine, record.slug)
-    folders = sorted((each for each in root.glob("step-*") if each.is_dir() and each.suffix != ".part"), reverse=True)
-    rows = [
-        Checkpoint(
-            name=folder.name,
-            step=int(folder.name.removeprefix("step-")),
-            n_bytes=sum(file.stat().st_size for file in folder.iterdir()),
-            created_at=folder.stat().st_mtime,
-        )
-        for folder in folders
-    ]
+    rows = []
+    for folder in sorted(root.glob("step-*"), reverse=True):
+        step = folder.name.removeprefix("step-")
+        if not step.isdecimal():
+            continue  # one that is just being written
+        with suppress(FileNotFoundError):  # the training removes old ones meanwhile
+            n_bytes = sum(file.stat().st_size for file in folder.iterdir())
+            created_at = folder.stat().st_mtime
+            rows.append(Checkpoint(name=folder.name, step=int(step), n_bytes=n_bytes, created_at=created_at))
     return CheckpointPage(rows=rows, total=len(rows), shown=len(rows))
 
 

@@ -164,7 +164,7 @@ class Engine:
         A `JobOperation` answers its job, after waiting at most its `wait_s` for the end.
         """
         result = self._dispatch(operation, caller)
-        if isinstance(result, Job) and not result.finished and (seconds := getattr(operation, "wait_s", 0.0)):
+        if isinstance(result, Job) and (seconds := _seconds_to_wait(operation, result)):
             return self.jobs.wait(result.slug, seconds)  # type: ignore[return-value]
         return result
 
@@ -173,7 +173,7 @@ class Engine:
         if self._limiter is None:
             self._limiter = CapacityLimiter(CALL_THREADS)
         result = await anyio.to_thread.run_sync(self._dispatch, operation, caller, limiter=self._limiter)
-        if isinstance(result, Job) and not result.finished and (seconds := getattr(operation, "wait_s", 0.0)):
+        if isinstance(result, Job) and (seconds := _seconds_to_wait(operation, result)):
             return await self.jobs.wait_async(result.slug, seconds)  # type: ignore[return-value]
         return result
 
@@ -191,23 +191,31 @@ class Engine:
 
     def _submit(self, operation: JobOperation[Any], who: str) -> Job:
         kind = type(operation)
+        if operation.dry_run:  # without the lock: a plan may ask the hub, for which nobody else should wait
+            planned = self.registry.plans[kind](operation, self)
+            return Job(
+                slug="dry-run",
+                operation=kind.tool,
+                arguments=operation.model_dump(mode="json", exclude_defaults=True),
+                plan=planned.plan,
+                subject=planned.subject,
+                message="This is only the plan: nothing was started. Call again without dry_run to start it.",
+            )
         with self._submitting:  # between looking for the key and writing it nobody else may come
             existing = self.jobs.with_key(operation)
             if existing is not None:
                 return existing
             planned = self.registry.plans[kind](operation, self)
-            if operation.dry_run:
-                return Job(
-                    slug="dry-run",
-                    operation=kind.tool,
-                    arguments=operation.model_dump(mode="json", exclude_defaults=True),
-                    plan=planned.plan,
-                    subject=planned.subject,
-                    message="This is only the plan: nothing was started. Call again without dry_run to start it.",
-                )
             with self.store.transaction():  # the job and the record that it works on, or neither
                 if planned.open is not None:
                     planned.open()
                 return self.jobs.submit(
                     operation, plan=planned.plan, subject=planned.subject, author=who, priority=planned.priority
                 )
+
+
+def _seconds_to_wait(operation: Operation[Any], job: Job) -> float:
+    """How long a call waits for its job; a plan was never started."""
+    if job.finished or getattr(operation, "dry_run", False):
+        return 0.0
+    return getattr(operation, "wait_s", 0.0)

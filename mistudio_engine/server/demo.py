@@ -201,7 +201,8 @@ class _Demo:
         self.say(f"{report.n_labelled} labelled by token pattern, {report.n_failed} without a pattern that holds")
         for sample in report.samples[:3]:
             self.say(
-                f"[dim]#{sample['feature']}[/dim] {_plain(sample['label'])} [dim](balanced accuracy {sample['confidence']:.2f})[/dim]"
+                f"[dim]#{sample['feature']}[/dim] {_plain(sample['label'])} "
+                f"[dim](balanced accuracy {sample['confidence']:.2f})[/dim]"
             )
 
     def search(self, sae: SAERecord, model: str) -> dict[str, Any]:
@@ -221,18 +222,19 @@ class _Demo:
     def choose_and_steer(
         self, lm: ModelRecord, sae: SAERecord, concepts: dict[str, Any] | None, searched: dict[str, Any]
     ) -> tuple[FeatureCard, dict[str, Any]]:
-        """Step 8: the embedded model steers along a feature whose concept is known, another one along a feature found."""
+        """Step 8: along a feature whose concept is known where it is, along a found one elsewhere."""
         self.heading("Steering")
         if concepts is not None:
             case = concepts["steering"]
-            index, strength, unit = case["feature"], case["strength"], case["unit"]
+            strength, unit = case["strength"], case["unit"]
             prompt, tokens, concept = case["prompt"], case["tokens"], case["concept"]
-            card = self.studio.get_feature(sae=sae.slug, index=index)
+            card = self.studio.get_feature(sae=sae.slug, index=case["feature"])
         else:
             card = self._strongest(sae, searched)
-            index, strength, unit, prompt = card.index, 1.0, "max_act", OWN_PROMPT
+            # About half the layer's typical norm is a useful strength (arXiv 2505.20063).
+            strength, unit, prompt = 0.6, "norm", OWN_PROMPT
             tokens = [each.token for each in (card.promoted or [])[:5]]
-            concept = card.label or card.ref
+            concept = "the tokens it promotes: " + ", ".join(repr(token) for token in tokens)
         result: SteerResult = self.wait(
             self.studio.steer(
                 model=lm.slug,
@@ -270,7 +272,8 @@ class _Demo:
                 f"({after / max(before, 1e-9):.1f}×); a random feature of the same length: {control or 0.0:.3f}"
             )
         self.say(
-            f"perplexity under the unsteered model: {result.baseline[0].perplexity:.2f} → {result.steered[0].perplexity:.2f}"
+            f"perplexity under the unsteered model: {result.baseline[0].perplexity:.2f} → "
+            f"{result.steered[0].perplexity:.2f}"
         )
         return {"concept": concept, "before": before, "after": after, "control": control}
 

@@ -7,7 +7,7 @@ import importlib.util
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,15 +44,22 @@ def checks(home: Path | None) -> Iterator[Finding]:
         not missing,
         bool(missing),
     )
-    yield _device() if not missing else Finding("device", "not known without torch", False)
+    for name, look in (("device", _device), ("text embedder", _embedder)):
+        yield Finding(name, "not known without torch", False) if missing else _tried(name, look)
     yield _disk(home)
-    yield _embedder() if not missing else Finding("text embedder", "not known without torch", False)
     yield _jupyter()
     yield _hub()
     found = probe(home)
     yield Finding(
         "engine", f"runs at {found.url}, pid {found.pid}" if found else "not running; it starts when it is needed"
     )
+
+
+def _tried(name: str, look: Callable[[], Finding]) -> Finding:
+    try:
+        return look()
+    except Exception as error:  # a package that is there and broken is what a doctor is asked about
+        return Finding(name, f"{type(error).__name__}: {error}", False, True)
 
 
 def _versions() -> str:

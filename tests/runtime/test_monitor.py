@@ -184,6 +184,7 @@ def test_a_real_card_knows_its_memory_and_temperature(bus: Bus) -> None:
 
 
 def test_the_thread_publishes_transient_events_at_once_and_again_until_it_is_stopped(bus: Bus) -> None:
+    before = set(threading.enumerate())
     monitor = Monitor(bus, interval_seconds=0.01)
 
     async def follow() -> list[Event]:
@@ -196,7 +197,7 @@ def test_the_thread_publishes_transient_events_at_once_and_again_until_it_is_sto
     events = asyncio.run(follow())
     assert threading.active_count() > 1
     monitor.stop()
-    assert "mistudio-monitor" not in {thread.name for thread in threading.enumerate()}
+    assert "mistudio-monitor" not in {thread.name for thread in set(threading.enumerate()) - before}
     assert {event.event for event in events} == {"metrics"}
     assert all(event.transient for event in events)
     assert events[0].data["percent"] is None

@@ -48,6 +48,8 @@ class Export(JobOperation[ExportRecord], route="POST /neuronpedia/export"):
     def _selection(self) -> Export:
         has_range = self.range_start is not None and self.range_end is not None
         if self.feature_selection == "custom":
+            if (self.range_start is None) != (self.range_end is None):
+                raise ValueError("range_start and range_end go together; give both or neither")
             if not has_range and not self.indices:
                 raise ValueError("feature_selection='custom' needs range_start and range_end, or indices")
             if has_range and self.range_start > self.range_end:  # type: ignore[operator]

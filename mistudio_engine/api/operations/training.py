@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, Field, model_validator
+from pydantic import AfterValidator, AliasChoices, Field, model_validator
 
 from mistudio_engine.api.operations.base import JobOperation, Operation
 from mistudio_engine.api.operations.datasets import Deleted, Limit
 from mistudio_engine.api.records import Data, Job, Page, SAERecord, TrainingRecord
-from mistudio_engine.api.refs import ModelRef, Slug
+from mistudio_engine.api.refs import ModelRef, Slug, slug_of
 from mistudio_engine.api.training_config import STEP_NAMES, Hyperparameters
 
 __all__ = [
@@ -27,7 +27,7 @@ __all__ = [
     "TrainingMetrics",
 ]
 
-TrainingSlug = Annotated[str, Field(min_length=1, max_length=130)]
+TrainingSlug = Annotated[str, AfterValidator(lambda text: slug_of("training", text))]
 
 _FLAT = {
     alias
