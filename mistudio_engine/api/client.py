@@ -13,6 +13,7 @@ import json
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
 
@@ -212,6 +213,10 @@ def _broken(error: httpx.TransportError, may_have_been_done: bool) -> Unreachabl
     )
 
 
+def _closed() -> Unreachable:
+    return Unreachable("This Studio has been closed.", fix="connect() gives another one.")
+
+
 def _download_of(response: httpx.Response) -> Download:
     headers = response.headers
     return Download(
@@ -323,9 +328,10 @@ class Studio:
 
     def __init__(self, home: Path | str | None = None, *, autostart: bool = True, caller: str = "person") -> None:
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="mistudio-client", daemon=True)
-        self._thread.start()
+        self._closed = False
         self.client = AsyncStudio(home, autostart=autostart, caller=caller)
+        self._thread = threading.Thread(target=self._serve, name="mistudio-client", daemon=True)
+        self._thread.start()
         try:
             self._run(self.client.engine())
         except BaseException:
@@ -344,14 +350,20 @@ class Studio:
 
     def close(self) -> None:
         """Close the connection; the engine and its jobs go on. Whoever still waits in another thread is let go."""
-        if self._loop.is_closed():
+        if self._closed:
             return
-        self._run(self._let_go())
+        self._closed = True
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
+
+    def _serve(self) -> None:
+        """The client's thread, from its start to its end."""
+        self._loop.run_forever()
+        self._loop.run_until_complete(self._let_go())
         self._loop.close()
 
     async def _let_go(self) -> None:
+        await asyncio.sleep(0)  # what was asked for while we were closing begins, so that it can be ended
         waiting = asyncio.all_tasks() - {asyncio.current_task()}
         for task in waiting:
             task.cancel()
@@ -375,15 +387,18 @@ class Studio:
             while True:
                 yield self._run(anext(events))  # type: ignore[arg-type]
         finally:
-            self._run(events.aclose())  # type: ignore[attr-defined]
+            if not self._closed:
+                self._run(events.aclose())  # type: ignore[attr-defined]
 
     def _run(self, coroutine: Coroutine[Any, Any, R]) -> R:
-        if self._loop.is_closed():
+        if self._closed:
             coroutine.close()
-            raise Unreachable("This Studio has been closed.", fix="connect() gives another one.")
+            raise _closed()
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result()
+        except CancelledError:
+            raise _closed() from None
         except BaseException:
             future.cancel()  # a keyboard interrupt ends our waiting only
             raise

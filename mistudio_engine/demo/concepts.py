@@ -29,7 +29,7 @@ CONCEPTS: tuple[Concept, ...] = (
     Concept("feeling", "lexical", "words for emotions and moods, such as happy, afraid or lonely"),
     Concept("food", "lexical", "words for food and drink, such as bread, onions or soup"),
     Concept("motion", "lexical", "verbs of movement, such as run, walked or climbs"),
-    Concept("number", "lexical", "numbers, in words or in digits"),
+    Concept("number", "lexical", "numbers, such as two, seven or thirty"),
     Concept("person", "lexical", "words for people by their work or family, such as baker, doctor or uncle"),
     Concept("place", "lexical", "words for places, such as harbour, village or bridge"),
     Concept("plant", "lexical", "words for trees and flowers, such as oak, rose or willow"),

@@ -52,7 +52,7 @@ TAKES: dict[str, tuple[str, ...]] = {
 # What a text on a topic tells of more often than another does, and what less: verb classes and concepts.
 RARE = dict.fromkeys(("cook", "eat", "food", "drive", "vehicle", "weather"), 0.25)
 TOPICS: dict[str, dict[str, float]] = {
-    "cooking": RARE | {"cook": 12.0, "eat": 8.0, "food": 14.0, "thing": 3.0},
+    "cooking": RARE | {"cook": 14.0, "eat": 10.0, "food": 20.0, "thing": 3.0},
     "storm": RARE | {"weather": 14.0, "rest": 2.0, "clothing": 2.0, "wear": 2.0},
     "travel": RARE | {"motion": 2.0, "drive": 12.0, "visit": 4.0, "vehicle": 14.0, "place": 3.0},
     "plain": RARE,

@@ -156,7 +156,6 @@ WORDS: dict[str, tuple[str, ...]] = {
     "manner": tuple("slowly quickly quietly carefully gladly badly alone together again once often soon".split()),
     "opening": tuple("perhaps maybe however meanwhile indeed later then still".split()),
     "number": tuple("two three four five six seven eight nine ten twelve twenty thirty".split()),
-    "degrees": tuple("2 3 4 5 6 7 8 9 10 11 12 14 15 18 20 25 30".split()),
     "season": tuple("winter summer spring autumn Monday Tuesday Friday Sunday week month morning evening".split()),
     "side": tuple("north south east west".split()),
     "answer": tuple("yes no well please look listen friend oh".split()),

@@ -110,7 +110,7 @@ def free_slug(
     Raises:
         Conflict: `exact`, and it is taken.
     """
-    for slug in (stem, *(f"{stem}-{number}" for number in itertools.count(2))):
+    for slug in itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2))):
         refs = [f"{kind.kind}/{slug}" for kind in kinds if engine.store.exists(kind, slug)]
         for kind in kinds:
             jobs = engine.store.all(Job, subject=f"{kind.kind}/{slug}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, contextmanager
 from typing import Any
 
 import pytest
@@ -52,16 +52,20 @@ class Agent:
         return self.loop.run(self.client.call_tool(name, arguments, raise_on_error=False))
 
 
+@contextmanager
 def connected(client: AbstractAsyncContextManager[Any], loop: Loop) -> Iterator[Agent]:
     opened = loop.run(client.__aenter__())
-    yield Agent(opened, loop)
-    loop.run(client.__aexit__(None, None, None))
+    try:
+        yield Agent(opened, loop)
+    finally:
+        loop.run(client.__aexit__(None, None, None))
 
 
 @pytest.fixture(scope="session")
 def agent(studio: Served, loop: Loop) -> Iterator[Agent]:
     """An agent in memory, around the engine's own call."""
-    yield from connected(Client(build_server(studio.engine.acall)), loop)
+    with connected(Client(build_server(studio.engine.acall)), loop) as made:
+        yield made
 
 
 @pytest.fixture(params=[f"{door}, {mode}" for door in ("in memory", "HTTP") for mode in MODES])
@@ -72,4 +76,5 @@ def each_agent(request: pytest.FixtureRequest, studio: Served, loop: Loop) -> It
         transport: Any = StreamableHttpTransport(f"{studio.url}/mcp/", headers=studio.headers)
     else:
         transport = build_server(studio.engine.acall)
-    yield from connected(Client(transport, mode=mode), loop)
+    with connected(Client(transport, mode=mode), loop) as made:
+        yield made

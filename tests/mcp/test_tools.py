@@ -17,8 +17,11 @@ from mistudio_mcp.tools import TOOLS
 from tests.behaviour.doors import Loop, Served
 from tests.mcp.conftest import Agent
 
-OFFERED = """status find describe get_model get_dataset get_sae train_sae eval_sae extract label_features set_label
-search_features features_on_text get_feature steer job job_control export""".split()
+OFFERED = [
+    *("status", "find", "describe", "get_model", "get_dataset", "get_sae", "train_sae", "eval_sae", "extract"),
+    *("label_features", "set_label", "search_features", "features_on_text", "get_feature", "steer"),
+    *("job", "job_control", "export"),
+]
 
 OPERATION_OF = {"job": "show_job", "job_control": "control_job"}
 """Tools that are called differently from their operation."""
