@@ -52,6 +52,7 @@ def imports() -> Iterator[Row]:
     yield Row("python -c pass, for comparison", _median_run("pass"), "s")
     loads_none = f"import sys; assert not {set(HEAVY)!r} & set(sys.modules), 'a heavy package was loaded'"
     yield Row("import mistudio_mcp, without torch", _median_run(f"import mistudio_mcp; {loads_none}"), "s", 0.5)
+    yield Row("  and its server, which is FastMCP", _median_run(f"import mistudio_mcp.__main__; {loads_none}"), "s")
     code = f"from mistudio_engine.server.cli import main\ntry: main(['--help'])\nexcept SystemExit: {loads_none}"
     yield Row("mistudio --help, without torch", _median_run(code), "s", 0.5)
 

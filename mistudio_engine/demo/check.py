@@ -1,7 +1,7 @@
 """Has a dictionary found what the embedded corpus knows? Scores its features on text that nobody has trained on.
 
-It loads the embedded model and an SAE from a folder and reads them with the grammar's masks. It knows neither engine nor
-client, and nothing of how the dictionary was made.
+It loads the embedded model and an SAE from a folder and reads them with the grammar's masks. It knows neither engine
+nor client, and nothing of how the dictionary was made.
 """
 
 from __future__ import annotations

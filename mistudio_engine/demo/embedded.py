@@ -48,7 +48,7 @@ DEMO_SAE: dict[str, Any] = {
     "d_sae": 128,
     "k": 8,
     "lr": 3e-2,
-    "n_tokens": 1_500_000,
+    "n_tokens": 500_000,
     "batch_size": 2048,
 }
 """Settings of a dictionary that finds the known concepts."""

@@ -1,7 +1,7 @@
 """Concepts of tokens: the grammar's word-level concepts carried over to a tokenizer's tokens by character offsets.
 
-A token has the concepts of the word in which its first character that is not a space lies; special tokens, which stand
-for no text, have none. It does not know which tokenizer made the offsets.
+A token has the concepts of the word in which its first character that is not a space lies (a lone space belongs to the
+word after it); special tokens, which stand for no text, have none. It does not know which tokenizer made the offsets.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ def concept_mask(document: Document, offsets: Sequence[tuple[int, int]]) -> torc
     mask = torch.zeros(len(offsets), len(CONCEPT_NAMES), dtype=torch.bool)
     starts = [word.start for word in document.words]
     for row, (start, end) in enumerate(offsets):
-        while start < end and document.text[start] == " ":
-            start += 1
         if start >= end:
             continue
+        while start < end and document.text[start] == " ":
+            start += 1
         for name in document.words[bisect_right(starts, start) - 1].concepts:
             mask[row, COLUMN[name]] = True
     return mask

@@ -74,7 +74,7 @@ def steering_case() -> SteeringCase:
             "At home today he",
             "At home every week this nurse",
         ),
-        strength=0.7,
+        strength=0.8,
         unit="norm",
         max_new_tokens=32,
         temperature=0.0,

@@ -17,9 +17,6 @@ from mistudio_engine.demo.concepts import CONCEPTS, Concept
 
 __all__ = ["ConceptScore", "auroc", "concept_scores", "linear_probe", "summary"]
 
-CHUNK = 32
-"""Features ranked at once: bounds the memory of a sort over all tokens."""
-
 
 class ConceptScore(NamedTuple):
     """How one concept is carried; every AUROC is on text that had no part in choosing or fitting."""
@@ -51,26 +48,28 @@ def auroc(scores: Any, truth: Any) -> torch.Tensor:
     """
     scores, truth = torch.as_tensor(scores), torch.as_tensor(truth).bool()
     columns = scores[:, None] if scores.dim() == 1 else scores
-    n_true = int(truth.sum())
-    n_pairs = n_true * (len(truth) - n_true)
-    if not n_pairs:
-        areas = torch.full((columns.shape[1],), torch.nan, dtype=torch.float64)
-    else:
-        areas = torch.cat([rank_sum(some, truth) for some in columns.split(CHUNK, dim=1)])
-        areas = (areas - n_true * (n_true + 1) / 2) / n_pairs
+    areas = areas_of(mean_ranks(columns), truth)
     return areas[0] if scores.dim() == 1 else areas
 
 
-def rank_sum(columns: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """Sum of the mean ranks (from 1) of the true tokens in each column, float64 (n_columns,)."""
-    sums = []
-    for column in columns.T:
+def mean_ranks(columns: torch.Tensor) -> torch.Tensor:
+    """Each number's rank in its column, from 1; equal ones share their mean rank. Float64 (n_tokens, n_columns)."""
+    ranks = torch.empty(columns.shape, dtype=torch.float64)
+    for number, column in enumerate(columns.T):
         ordered, order = column.contiguous().sort()
         _, counts = torch.unique_consecutive(ordered, return_counts=True)
-        last = counts.cumsum(0).double()
-        mean_rank = last - (counts.double() - 1) / 2
-        sums.append((torch.repeat_interleave(mean_rank, counts) * truth[order]).sum())
-    return torch.stack(sums)
+        mean_rank = counts.cumsum(0).double() - (counts.double() - 1) / 2
+        ranks[order, number] = torch.repeat_interleave(mean_rank, counts)
+    return ranks
+
+
+def areas_of(ranks: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """`auroc` of columns whose `mean_ranks` are known already; float64 (n_columns,)."""
+    n_true = int(truth.sum())
+    n_pairs = n_true * (len(truth) - n_true)
+    if not n_pairs:
+        return torch.full((ranks.shape[1],), torch.nan, dtype=torch.float64)
+    return (truth.double() @ ranks - n_true * (n_true + 1) / 2) / n_pairs
 
 
 def linear_probe(x: torch.Tensor, truth: torch.Tensor, l2: float = 1e-3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -114,10 +113,11 @@ def concept_scores(
     chosen_acts, scored_acts = acts[choosing][:, alive], acts[~choosing][:, alive]
     chosen_raw, scored_raw = raw[choosing], raw[~choosing]
     spread = chosen_acts.std(0).clamp_min(1e-6)
+    ranks = mean_ranks(chosen_acts)  # sorting is most of the work, and the same for every concept
     found = []
     for concept, truth in zip(concepts, masks.T, strict=True):
         inside, scored = truth[choosing], truth[~choosing]
-        best = int(auroc(chosen_acts, inside).argmax())
+        best = int(areas_of(ranks, inside).argmax())
         difference = (chosen_acts[inside].mean(0) - chosen_acts[~inside].mean(0)) / spread
         five = difference.abs().topk(min(5, len(alive))).indices
         found.append(

@@ -6,12 +6,13 @@ also asks for the truth that only the embedded corpus knows, which concepts the 
 
 from __future__ import annotations
 
+import importlib.util
 import json
-import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -23,7 +24,10 @@ from mistudio_engine.api.features import Example, FeatureCard
 from mistudio_engine.api.home import probe
 from mistudio_engine.api.progress import bar
 from mistudio_engine.api.records import Evaluation, ModelRecord, SAERecord
-from mistudio_engine.api.steering import SteerResult
+from mistudio_engine.api.steering import Intervention, SteerResult
+
+if TYPE_CHECKING:
+    from mistudio_engine.demo.truth import ConceptScore
 
 __all__ = ["run"]
 
@@ -65,6 +69,25 @@ def run(
         sys.stdout.write(json.dumps(result) + "\n")
 
 
+class Steered(NamedTuple):
+    """What steering along a feature did."""
+
+    card: FeatureCard
+    numbers: dict[str, Any]
+
+
+def counted(scores: list[ConceptScore]) -> dict[str, dict[str, int]]:
+    """How many concepts of each kind are found: by one feature, by five, and by a probe on the raw activations."""
+    from mistudio_engine.demo.check import FOUND_AT
+
+    counts = {}
+    for kind in ("lexical", "contextual"):
+        some = [score for score in scores if score.kind == kind]
+        found = {way: sum(getattr(score, way) > FOUND_AT for score in some) for way in ("single", "five", "ceiling")}
+        counts[kind] = {"n": len(some), **found}
+    return counts
+
+
 class _Demo:
     """The steps, with what each leaves to the next."""
 
@@ -79,12 +102,12 @@ class _Demo:
         hook_name = hook_name or self._default_hook(model, lm)
         sae = self.train(model, lm, dataset, hook_name)
         quality = self.evaluate(sae)
-        concepts = self.concepts(lm, sae) if model == EMBEDDED else None
+        scores = self.concepts(sae) if model == EMBEDDED else None
         self.extract(sae)
         self.label(sae)
         searched = self.search(sae, model)
-        feature, steered = self.choose_and_steer(lm, sae, concepts, searched)
-        self.show(feature)
+        steered = self.steer_known(lm, sae, scores) if scores else self.steer_found(lm, sae, searched)
+        self.show(steered.card)
         export_path = self.export(sae)
         return {
             "sae": sae.ref,
@@ -92,9 +115,9 @@ class _Demo:
             "fvu": round(quality.fvu, 4),
             "l0": round(quality.l0, 2),
             "ce_loss_score": round(quality.ce_loss_score, 4),
-            "concepts_found": concepts["found"] if concepts else None,
+            "concepts_found": counted(scores) if scores else None,
             "searched": searched,
-            "steered": steered,
+            "steered": steered.numbers,
             "export_path": export_path,
         }
 
@@ -173,17 +196,19 @@ class _Demo:
         )
         return quality
 
-    def concepts(self, lm: ModelRecord, sae: SAERecord) -> dict[str, Any]:
-        """Which of the corpus's known concepts the SAE has found, on text it has not seen."""
-        from mistudio_engine.demo.check import check_concepts
-
-        found = check_concepts(self.studio.client.home / sae.folder, sae.hook_name)
-        by_kind = "; ".join(
-            f"{kind}: {counts['single']}/{counts['n']} in one feature, {counts['five']}/{counts['n']} in five"
-            for kind, counts in found["by_kind"].items()
+    def concepts(self, sae: SAERecord) -> list[ConceptScore]:
+        """Which of the corpus's known concepts the SAE has found, on text that nobody has trained on."""
+        from mistudio_engine.demo.check import (
+            check_concepts,  # the science needs torch, which the rest of this does not
         )
-        self.say(f"known concepts found on held-out text: {by_kind}")
-        return found
+
+        scores = check_concepts(self.studio.client.home / sae.folder, sae.hook_name)
+        for kind, counts in counted(scores).items():
+            self.say(
+                f"{kind} concepts on held-out text: {counts['single']} of {counts['n']} carried by one feature, "
+                f"{counts['five']} by five (by the model itself: {counts['ceiling']})"
+            )
+        return scores
 
     def extract(self, sae: SAERecord) -> None:
         """Step 5."""
@@ -208,7 +233,7 @@ class _Demo:
     def search(self, sae: SAERecord, model: str) -> dict[str, Any]:
         """Step 7."""
         self.heading("Search")
-        queries = ("feelings and moods", "numbers") if model == EMBEDDED else ("a family member", "she")
+        queries = ("feelings and moods", "potatoes") if model == EMBEDDED else ("a family member", "she")
         searched: dict[str, Any] = {}
         for mode, query in zip(("meaning", "text"), queries, strict=True):
             wanted = mode if mode == "text" or self.studio.status().embedder else "text"
@@ -219,34 +244,54 @@ class _Demo:
                 self.say(f"  [dim]{row.ref}[/dim] {_plain(row.label or 'no label')} [dim]({row.score:.2f})[/dim]")
         return searched
 
-    def choose_and_steer(
-        self, lm: ModelRecord, sae: SAERecord, concepts: dict[str, Any] | None, searched: dict[str, Any]
-    ) -> tuple[FeatureCard, dict[str, Any]]:
-        """Step 8: along a feature whose concept is known where it is, along a found one elsewhere."""
-        self.heading("Steering")
-        if concepts is not None:
-            case = concepts["steering"]
-            strength, unit = case["strength"], case["unit"]
-            prompt, tokens, concept = case["prompt"], case["tokens"], case["concept"]
-            card = self.studio.get_feature(sae=sae.slug, index=case["feature"])
-        else:
-            card = self._strongest(sae, searched)
-            # About half the layer's typical norm is a useful strength (arXiv 2505.20063).
-            strength, unit, prompt = 0.6, "norm", OWN_PROMPT
-            tokens = [each.token for each in (card.promoted or [])[:5]]
-            concept = "the tokens it promotes: " + ", ".join(repr(token) for token in tokens)
-        result: SteerResult = self.wait(
-            self.studio.steer(
-                model=lm.slug,
-                interventions=[{"feature": card.ref, "strength": strength, "unit": unit}],
-                prompt=prompt,
-                concept_tokens=tokens,
-                max_new_tokens=24,
-                temperature=0.0,
-                seed=self.seed,
+    def steer_known(self, lm: ModelRecord, sae: SAERecord, scores: list[ConceptScore]) -> Steered:
+        """Step 8 on the embedded model: along the feature of a known concept, from several neutral beginnings."""
+        from mistudio_engine.demo.steering_case import steering_case
+
+        case = steering_case()
+        index = next(score.feature for score in scores if score.concept == case.concept)
+        card = self.studio.get_feature(sae=sae.slug, index=index)
+        self.heading(f"Steering along “{case.concept}”")
+        results = [
+            self.steer(
+                lm, card, prompt, case.tokens, case.strength, case.unit, case.temperature, case.max_new_tokens, seed
             )
+            for seed, prompt in enumerate(case.prompts, start=self.seed)
+        ]
+        return self._compared(card, f"words for {case.target}", results)
+
+    def steer_found(self, lm: ModelRecord, sae: SAERecord, searched: dict[str, Any]) -> Steered:
+        """Step 8 elsewhere: along the found feature that promotes its tokens most."""
+        self.heading("Steering")
+        card = self._strongest(sae, searched)
+        tokens = tuple(each.token for each in (card.promoted or [])[:5])
+        # About half the layer's typical norm is a useful strength (arXiv 2505.20063).
+        result = self.steer(lm, card, OWN_PROMPT, tokens, 0.6, "norm", 0.0, 24, self.seed)
+        return self._compared(card, "the tokens it promotes: " + ", ".join(map(repr, tokens)), [result])
+
+    def steer(
+        self,
+        lm: ModelRecord,
+        card: FeatureCard,
+        prompt: str,
+        tokens: tuple[str, ...],
+        strength: float,
+        unit: Literal["raw", "max_act", "norm"],
+        temperature: float,
+        max_new_tokens: int,
+        seed: int,
+    ) -> SteerResult:
+        """One prompt, steered and not."""
+        job = self.studio.steer(
+            model=lm.slug,
+            interventions=[Intervention(feature=card.ref, strength=strength, unit=unit)],
+            prompt=prompt,
+            concept_tokens=list(tokens),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
         )
-        return card, self._compared(card, concept, result)
+        return job.wait(progress=False)
 
     def _strongest(self, sae: SAERecord, searched: dict[str, Any]) -> FeatureCard:
         """The found feature that promotes its tokens most: those steer best."""
@@ -256,26 +301,26 @@ class _Demo:
         ]
         return max(cards, key=lambda card: card.promoted[0].value if card.promoted else 0.0)
 
-    def _compared(self, card: FeatureCard, concept: str, result: SteerResult) -> dict[str, Any]:
+    def _compared(self, card: FeatureCard, concept: str, results: list[SteerResult]) -> Steered:
         table = Table(show_header=True, box=None, padding=(0, 2, 0, 3))
         table.add_column("baseline", ratio=1)
         table.add_column(f"steered along {card.ref}", ratio=1)
-        table.add_row(Text(result.prompt + result.baseline[0].text), Text(result.prompt + result.steered[0].text))
+        for result in results[:2]:
+            table.add_row(Text(result.prompt + result.baseline[0].text), Text(result.prompt + result.steered[0].text))
         self.console.print(table)
-        chance = result.probability
-        before = chance.before if chance else None
-        after = chance.after if chance else None
-        control = chance.control if chance else None
-        if before is not None and after is not None:
-            self.say(
-                f"probability of {_plain(concept)}: {before:.3f} → {after:.3f} "
-                f"({after / max(before, 1e-9):.1f}×); a random feature of the same length: {control or 0.0:.3f}"
-            )
-        self.say(
-            f"perplexity under the unsteered model: {result.baseline[0].perplexity:.2f} → "
-            f"{result.steered[0].perplexity:.2f}"
+        chances = [result.probability for result in results if result.probability is not None]
+        before, after = fmean(each.before for each in chances), fmean(each.after for each in chances)
+        control = fmean(each.control or 0.0 for each in chances)
+        ratio = fmean(result.steered[0].perplexity or 0.0 for result in results) / fmean(
+            result.baseline[0].perplexity or 1.0 for result in results
         )
-        return {"concept": concept, "before": before, "after": after, "control": control}
+        self.say(
+            f"probability of {_plain(concept)}: {before:.3f} → {after:.3f} ({after / max(before, 1e-12):.1f}×); "
+            f"along random features of the same length: {control:.3f}"
+        )
+        self.say(f"perplexity under the unsteered model: {ratio:.2f}× the baseline's, over {len(results)} prompts")
+        steered = {"concept": concept, "before": before, "after": after, "control": control}
+        return Steered(card, {**steered, "perplexity_ratio": ratio})
 
     def show(self, card: FeatureCard) -> None:
         """Step 9."""
@@ -319,7 +364,8 @@ def _farewell(console: Console, result: dict[str, Any], home: Path, url: str | N
     console.print(f"\n[bold green]Done[/bold green] in {result['seconds']:.0f} s. All of it is in {home}.")
     if url:
         console.print(f"The engine goes on at {url}; stop it with [bold]mistudio engine stop[/bold].")
-    lab = "jupyter lab" if shutil.which("jupyter") else 'pip install "mistudio[lab]" && jupyter lab'
+    has_lab = importlib.util.find_spec("jupyterlab") is not None
+    lab = "jupyter lab" if has_lab else _plain('pip install "mistudio[lab]" && jupyter lab')
     console.print(
         f"Next, in JupyterLab:   [bold]{lab}[/bold], then  "
         "[bold]from mistudio_engine import connect; studio = connect()[/bold]\n"

@@ -244,6 +244,7 @@ def test_an_engine_out_of_reach_is_an_error_of_ours(tmp_path: Path) -> None:
     assert not isinstance(broken.value, httpx.HTTPError)
 
 
+@pytest.mark.slow
 def test_following_goes_on_after_the_engine_was_killed_without_a_double(tmp_path: Path) -> None:
     home = tmp_path / "home"
     try:
