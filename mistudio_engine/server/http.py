@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import re
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -70,7 +71,7 @@ def _endpoint(kind: type[Operation[Any]], method: str, engine: Engine) -> Callab
         try:
             arguments = await _arguments(request, method)
             operation = parse_operation(kind, arguments | request.path_params)
-            result = await engine.acall(operation, caller=request.headers.get(CALLER_HEADER, "person"))
+            result = await engine.acall(operation, caller=_caller(request))
         except MistudioError as error:
             return JSONResponse(error_payload(error), status_code=error.status)
         except Exception:  # the edge: everything else is a fault of ours, and its trace belongs in the log only
@@ -80,6 +81,17 @@ def _endpoint(kind: type[Operation[Any]], method: str, engine: Engine) -> Callab
         return _answer(result)
 
     return endpoint
+
+
+def _caller(request: Request) -> str:
+    """Who signs what this request changes; nobody but a job may sign as one."""
+    name = request.headers.get(CALLER_HEADER, "person")
+    if not re.fullmatch(r"person|agent:[\w.-]{1,64}", name):
+        raise BadInput(
+            f"The header {CALLER_HEADER} is {name[:80]!r}.",
+            fix="Send `person`, or `agent:` with a name of letters and digits.",
+        )
+    return name
 
 
 async def _arguments(request: Request, method: str) -> dict[str, Any]:

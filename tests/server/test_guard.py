@@ -45,7 +45,9 @@ def test_every_route_answers_401_without_the_token(bare: Served) -> None:
 
 def connect(bare: Served, loop: Loop, headers: dict[str, str]) -> Any:
     async def attempt() -> Any:
-        async with sockets.connect("ws" + bare.url[4:] + "/api/v1/ws", proxy=None, additional_headers=headers) as socket:
+        async with sockets.connect(
+            "ws" + bare.url[4:] + "/api/v1/ws", proxy=None, additional_headers=headers
+        ) as socket:
             await socket.send(json.dumps({"subscribe": ["*"], "after": 0}))
             return json.loads(await socket.recv())
 
@@ -96,7 +98,10 @@ def test_a_body_over_the_cap_is_answered_413_declared_or_not(bare: Served, door:
         assert declared.status_code == 413
     if door == "MCP":
         with bare.http(headers=bare.headers | {"Accept": "application/json, text/event-stream"}) as client:
-            assert client.post(DOORS[door], content=chunks(), headers={"Content-Type": "application/json"}).status_code == 413
+            assert (
+                client.post(DOORS[door], content=chunks(), headers={"Content-Type": "application/json"}).status_code
+                == 413
+            )
 
 
 def test_an_undeclared_body_is_counted(bare: Served) -> None:

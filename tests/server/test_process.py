@@ -114,7 +114,8 @@ def test_a_client_that_comes_later_sees_the_whole_history(home: Path) -> None:
     with connect(home) as studio:
         bring_in(studio)
         job = start_training(studio, "watched")
-        watcher = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        watcher = subprocess.Popen([sys.executable, "-c", code], text=True, **pipes)
         assert watcher.stdout is not None and watcher.stdin is not None
         assert watcher.stdout.readline() == "following\n"
         watcher.kill()

@@ -15,51 +15,57 @@ from mistudio_engine.api.operations import OPERATIONS
 from mistudio_engine.server.http import openapi
 from tests.behaviour.doors import Loop, Served
 
-DOCUMENTED = """
-GET /datasets
-POST /datasets
-POST /datasets/{id}/download
-POST /datasets/{id}/tokenize
-GET /datasets/{id}/statistics
-GET /models
-POST /models
-POST /models/{id}/download
-GET /models/{id}/architecture
-GET /trainings
-POST /trainings
-GET /trainings/{id}/metrics
-GET /trainings/{id}/checkpoints
-POST /trainings/{id}/stop
-POST /trainings/{id}/retry
-GET /features
-PATCH /features/{id}
-POST /features/extraction
-POST /features/labeling
-GET /saes
-POST /saes
-GET /saes/{id}
-DELETE /saes/{id}
-POST /saes/download-hf
-POST /saes/{id}/convert
-GET /saes/{id}/config
-POST /steering/generate
-POST /steering/compare
-POST /steering/sweep
-POST /steering/combined
-POST /neuronpedia/export
-GET /neuronpedia/export/{id}
-GET /neuronpedia/export/{id}/download
-POST /neuronpedia/export/{id}/cancel
-GET /neuronpedia/exports
-GET /system/metrics
-GET /system/history
-""".split("\n")[1:-1]
+DOCUMENTED = [
+    "",
+    "GET /datasets",
+    "POST /datasets",
+    "POST /datasets/{id}/download",
+    "POST /datasets/{id}/tokenize",
+    "GET /datasets/{id}/statistics",
+    "GET /models",
+    "POST /models",
+    "POST /models/{id}/download",
+    "GET /models/{id}/architecture",
+    "GET /trainings",
+    "POST /trainings",
+    "GET /trainings/{id}/metrics",
+    "GET /trainings/{id}/checkpoints",
+    "POST /trainings/{id}/stop",
+    "POST /trainings/{id}/retry",
+    "GET /features",
+    "PATCH /features/{id}",
+    "POST /features/extraction",
+    "POST /features/labeling",
+    "GET /saes",
+    "POST /saes",
+    "GET /saes/{id}",
+    "DELETE /saes/{id}",
+    "POST /saes/download-hf",
+    "POST /saes/{id}/convert",
+    "GET /saes/{id}/config",
+    "POST /steering/generate",
+    "POST /steering/compare",
+    "POST /steering/sweep",
+    "POST /steering/combined",
+    "POST /neuronpedia/export",
+    "GET /neuronpedia/export/{id}",
+    "GET /neuronpedia/export/{id}/download",
+    "POST /neuronpedia/export/{id}/cancel",
+    "GET /neuronpedia/exports",
+    "GET /system/metrics",
+    "GET /system/history",
+    "",
+][1:-1]
 """Every route that the requirements name."""
 
 
 @pytest.mark.parametrize("route", DOCUMENTED)
 def test_a_documented_route_is_an_operation(route: str) -> None:
-    ours = {f"{each.method} {re.sub('{[a-z_]+}', '{id}', each.path)}" for kind in OPERATIONS.values() for each in kind.routes}
+    ours = {
+        f"{each.method} {re.sub('{[a-z_]+}', '{id}', each.path)}"
+        for kind in OPERATIONS.values()
+        for each in kind.routes
+    }
     assert route in ours
 
 

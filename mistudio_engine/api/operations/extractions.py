@@ -37,7 +37,7 @@ class Extract(JobOperation[ExtractionRecord], route="POST /features/extraction")
     min_activation: Annotated[float, Field(ge=0)] = 0.0
     """Smaller activations count as none."""
 
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """For the choice of contexts and the quantile and random examples."""
 
 

@@ -33,7 +33,7 @@ class Generate(JobOperation[Generated], route="POST /steering/generate"):
 
     repetition_penalty: Annotated[float, Field(ge=1, le=2)] = 1.0
     stop: list[Annotated[str, Field(min_length=1)]] = []
-    seed: int = 16
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 16
     n: Annotated[int, Field(ge=1, le=32)] = 1
     """Samples."""
 
@@ -65,7 +65,7 @@ class Steer(JobOperation[SteerResult], route="POST /steering/compare", also=("PO
     top_k: Annotated[int, Field(ge=0)] = 0
     repetition_penalty: Annotated[float, Field(ge=1, le=2)] = 1.0
     stop: list[Annotated[str, Field(min_length=1)]] = []
-    seed: int = 16
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 16
     n: Annotated[int, Field(ge=1, le=32)] = 1
     """Samples of each."""
 
@@ -84,5 +84,5 @@ class Sweep(JobOperation[SweepResult], route="POST /steering/sweep"):
     concept_tokens: Annotated[list[str], Field(max_length=500)] = []
     max_new_tokens: NewTokens = 32
     temperature: Temperature = 0.5
-    seed: int = 16
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 16
     wait_s: WaitSeconds = 20.0

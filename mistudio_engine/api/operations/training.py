@@ -95,7 +95,7 @@ class TrainSAE(JobOperation[SAERecord], route="POST /trainings"):
     name: Slug | None = None
     """Slug of the training and of its SAE."""
 
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     hyperparameters: Hyperparameters = Hyperparameters()
 
     @model_validator(mode="before")
