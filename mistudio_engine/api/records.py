@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, computed_field
 
+from mistudio_engine.api.docstrings import describe_fields
 from mistudio_engine.api.errors import ErrorBody
 
 __all__ = [
@@ -39,7 +40,11 @@ R = TypeVar("R")
 class Data(BaseModel):
     """Base of everything that travels: field docstrings become the schema's descriptions."""
 
-    model_config = ConfigDict(use_attribute_docstrings=True, extra="ignore", protected_namespaces=(), defer_build=True)
+    model_config = ConfigDict(extra="ignore", protected_namespaces=(), defer_build=True)
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        describe_fields(cls)
 
 
 class Record(Data):

@@ -71,10 +71,10 @@ def cumulative(words: tuple[Any, ...], scopes: frozenset[str]) -> tuple[float, .
 class Writer:
     """A document in the making."""
 
-    def __init__(self, rng: Random, scopes: frozenset[str] = NOTHING, favoured: Mapping[str, float] | None = None):
+    def __init__(self, rng: Random) -> None:
         self.random = rng.random
-        self.scopes = scopes
-        self.favoured = favoured or {}
+        self.scopes = NOTHING
+        self.favoured: Mapping[str, float] = {}
         """What `weighted` chooses more often than its table says, by that factor."""
         self.parts: list[str] = []
         self.words: list[Word] = []

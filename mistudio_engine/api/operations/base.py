@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Generic, Literal, NamedTuple, TypeV
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from mistudio_engine.api.docstrings import describe_fields
 from mistudio_engine.api.records import Job
 
 __all__ = ["OPERATIONS", "Effect", "JobOperation", "Operation", "Route", "WaitSeconds", "snake_case"]
@@ -57,9 +58,7 @@ class Operation(BaseModel, Generic[R]):
         idempotent: calling it twice is the same as once.
     """
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), defer_build=True
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), defer_build=True)
 
     tool: ClassVar[str] = ""
     routes: ClassVar[tuple[Route, ...]] = ()
@@ -81,6 +80,7 @@ class Operation(BaseModel, Generic[R]):
         idempotent: bool | None = None,
         **_: Any,
     ) -> None:
+        describe_fields(cls)
         if route is None:
             return  # an abstract base or a parametrised generic
         cls.tool = snake_case(cls.__name__)
