@@ -233,7 +233,7 @@ class _Demo:
     def search(self, sae: SAERecord, model: str) -> dict[str, Any]:
         """Step 7."""
         self.heading("Search")
-        queries = ("feelings and moods", "potatoes") if model == EMBEDDED else ("a family member", "she")
+        queries = ("feelings and moods", "sad") if model == EMBEDDED else ("a family member", "she")
         searched: dict[str, Any] = {}
         for mode, query in zip(("meaning", "text"), queries, strict=True):
             wanted = mode if mode == "text" or self.studio.status().embedder else "text"
