@@ -33,7 +33,7 @@ from mistudio_engine.api.errors import (
 from mistudio_engine.api.events import Event
 from mistudio_engine.api.exports import Download
 from mistudio_engine.api.home import EngineFile, data_dir, ensure_engine, probe
-from mistudio_engine.api.operations import OPERATIONS, ControlJob, JobOperation, Operation, ShowJob
+from mistudio_engine.api.operations import OPERATIONS, ControlJob, JobOperation, Operation, ShowJob, Status
 from mistudio_engine.api.records import Job
 
 __all__ = ["AsyncStudio", "JobHandle", "Studio", "connect"]
@@ -192,8 +192,12 @@ class AsyncStudio:
             record = await self.call(ShowJob(job=slug, wait_s=max(left, 0.0)))
             if on_progress:
                 on_progress(record)
-            if record.finished or record.state in ("paused", "interrupted"):
+            if record.finished or record.state == "paused":
                 return outcome_of(record)
+            if record.state == "interrupted":
+                if (await self.call(Status())).state != "starting":
+                    return outcome_of(record)
+                await asyncio.sleep(0.2)  # the engine will say at once whether the job goes on
             if deadline is not None and time.monotonic() >= deadline:
                 raise TimeoutError(f"job {slug} is still {record.state} after {timeout:g} s; it goes on")
 

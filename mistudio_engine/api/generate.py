@@ -105,11 +105,13 @@ def _annotation(hint: Any, names: set[str]) -> str:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is type(None):
         return "None"
+    if hint is ...:
+        return "..."
     if origin is typing.Annotated:
         return _annotation(arguments[0], names)
     if origin is typing.Literal:
         return f"Literal[{', '.join(map(repr, arguments))}]"
-    if origin in (list, dict):
+    if origin in (list, dict, tuple):
         return f"{origin.__name__}[{', '.join(_annotation(each, names) for each in arguments)}]"
     if arguments:
         return " | ".join(_annotation(each, names) for each in arguments)

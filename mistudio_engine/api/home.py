@@ -30,6 +30,7 @@ from mistudio_engine.api.errors import EngineBusy, EngineMissing
 
 __all__ = [
     "EXIT_BUSY",
+    "EXIT_DEVICE_LOST",
     "EngineFile",
     "LockHolder",
     "data_dir",
@@ -51,6 +52,9 @@ __all__ = [
 
 EXIT_BUSY = 75
 """Exit status of an engine that found another one on its directory (EX_TEMPFAIL of sysexits.h)."""
+
+EXIT_DEVICE_LOST = 74
+"""Exit status of an engine whose device was lost: another process can go on (EX_IOERR of sysexits.h)."""
 
 ENGINE_PACKAGES = ("torch", "transformers", "lancedb", "uvicorn")
 """What the extra `[engine]` brings and the base install does not."""

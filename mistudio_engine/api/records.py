@@ -30,6 +30,7 @@ __all__ = [
     "Plan",
     "Record",
     "SAERecord",
+    "TemplateRecord",
     "TokensRecord",
     "TrainingRecord",
 ]
@@ -157,14 +158,23 @@ class DatasetRecord(Record):
 
 
 class Evaluation(Data):
-    """How well an SAE stands for the activations it was trained on, on given tokens."""
+    """How well an SAE stands for the activations it was trained on, on given tokens.
+
+    x are the activations, x̂ the SAE's reconstructions. Every average is over tokens of text: BOS, EOS, other special
+    tokens and padding are left out. Where one was not measured (by an older version) it is None.
+    """
 
     n_tokens: int
+    """Tokens that were measured."""
+
     tokens: str = ""
     """Slug of the tokenisation that was used."""
 
     l0: float
     """Mean number of active features per token."""
+
+    l1: float | None = None
+    """Mean over tokens of the sum of |activations|, in the model's unit."""
 
     fvu: float
     """Fraction of variance unexplained: 0 is perfect, 1 is no better than the mean."""
@@ -173,25 +183,62 @@ class Evaluation(Data):
     """1 − E‖x − x̂‖² / Var(x)."""
 
     explained_variance_legacy: float | None = None
-    """Mean over tokens of 1 − sse / ‖x − batch mean‖², as older papers report it."""
+    """Mean over tokens of 1 − sse / ‖x − batch mean‖², as older papers report it; it depends on the batch."""
 
     mse: float
+    """E‖x − x̂‖², summed over dimensions, in the model's squared unit."""
+
     cosine: float
+    """Mean over tokens of cos(x, x̂): 1 is the right direction."""
+
+    l2_norm_in: float | None = None
+    """E‖x‖."""
+
+    l2_norm_out: float | None = None
+    """E‖x̂‖."""
+
     l2_ratio: float
+    """Mean over tokens of ‖x̂‖/‖x‖: 1 is the right length, less is shrinkage."""
+
+    relative_reconstruction_bias: float | None = None
+    """E‖x̂‖²/E⟨x, x̂⟩: 1 is unbiased, less is shrinkage."""
+
     ce_loss_clean: float
+    """Next-token loss of the model itself, in nats."""
+
     ce_loss_sae: float
+    """With x̂ in the place of x."""
+
     ce_loss_zero: float
+    """With zeros in the place of x, at special tokens too."""
+
     ce_loss_score: float
     """(CE_zero − CE_sae) / (CE_zero − CE_clean): 1 is perfect, 0 is as bad as zeroing the hook."""
 
+    kl_div_with_sae: float | None = None
+    """KL(clean ‖ with x̂ in the place of x) of the next-token predictions, in nats: 0 is no change."""
+
+    kl_div_with_ablation: float | None = None
+    """KL(clean ‖ with zeros in the place of x)."""
+
     kl_div_score: float | None = None
-    """(KL_zero − KL_sae) / KL_zero."""
+    """(KL_zero − KL_sae) / KL_zero: 1 is perfect, 0 is as bad as zeroing the hook."""
+
+    n_dead: int | None = None
+    """Features that never fired on these tokens."""
 
     dead_fraction: float
     """Share of features that never fired on these tokens."""
 
     dense_fraction: float = 0.0
     """Share of features that fired on more than a tenth of them."""
+
+    density_histogram: list[int] | None = None
+    """How many features fire how often, in 32 bins: bin i has −8 + i/4 ≤ log10(share of tokens) < −8 + (i + 1)/4, the
+    first also what is rarer, the last what always fires. The dead are in none of them."""
+
+    mean_encoder_decoder_cosine: float | None = None
+    """Mean over features of cos(encoder, decoder direction); None where the two live in spaces of different width."""
 
 
 class SAERecord(Record):
@@ -245,10 +292,21 @@ class TrainingRecord(Record):
 
     jobs: list[str] = []
     saes: list[str] = []
+    """Those that it made, in the order of their making."""
+
+    members: list[dict[str, Any]] = []
+    """The SAEs that it trains: name, config, hyperparameters, seed, the slug that each will have, and why it failed if
+    it did."""
+
     config: dict[str, Any] = {}
-    """The SAE's configuration."""
+    """The first SAE's configuration."""
 
     hyperparameters: dict[str, Any] = {}
+    """The first SAE's settings; those of length are the same for all."""
+
+    tokens_per_second: float | None = None
+    """How fast it was, on average over its last run."""
+
     metrics: dict[str, float] = {}
     """The latest of each."""
 
@@ -331,6 +389,30 @@ class ExportRecord(Record):
     job: str | None = None
     config: dict[str, Any] = {}
     completed_at: float | None = None
+
+
+class TemplateRecord(Record):
+    """Some arguments of an operation, kept to be used again."""
+
+    kind: ClassVar[str] = "template"
+
+    operation: str
+    """Name of the operation, such as `train_sae`."""
+
+    arguments: dict[str, Any] = {}
+    """Those that it gives; a call gives the others, and its own count where both do."""
+
+    description: str = ""
+    favourite: bool = False
+    n_used: int = 0
+    """How many jobs were started with it."""
+
+    last_used_at: float | None = None
+    updated_at: float = 0.0
+    """Seconds since 1970 when somebody last changed it."""
+
+    version: int = 1
+    """Of the form in which templates are written."""
 
 
 class JobState:
@@ -417,6 +499,7 @@ RECORDS: dict[str, type[Record]] = {
         ExtractionRecord,
         ExperimentRecord,
         ExportRecord,
+        TemplateRecord,
         Job,
     )
 }

@@ -14,6 +14,7 @@ __all__ = [
     "ModelRef",
     "SAERef",
     "Slug",
+    "TemplateRef",
     "feature_of",
     "kind_and_slug",
     "slug_of",
@@ -84,4 +85,5 @@ Slug = Annotated[str, Field(max_length=120, pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]
 ModelRef = Annotated[str, AfterValidator(lambda text: slug_of("model", text))]
 DatasetRef = Annotated[str, AfterValidator(lambda text: slug_of("dataset", text))]
 SAERef = Annotated[str, AfterValidator(lambda text: slug_of("sae", text))]
+TemplateRef = Annotated[str, AfterValidator(lambda text: slug_of("template", text))]
 FeatureRef = Annotated[str, AfterValidator(lambda text: feature_of(text).ref)]

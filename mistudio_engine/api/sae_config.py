@@ -7,7 +7,7 @@ of torch, of files (the keys of SAELens's `cfg.json` are in saes/saelens.py) or 
 from __future__ import annotations
 
 from math import prod
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
@@ -15,16 +15,23 @@ from mistudio_engine.api.errors import BadInput
 
 __all__ = [
     "DTYPE_BYTES",
+    "BatchTopKConfig",
     "Dtype",
     "GatedConfig",
     "JumpReLUConfig",
+    "JumpReLUSkipTranscoderConfig",
+    "JumpReLUTranscoderConfig",
+    "MatryoshkaBatchTopKConfig",
     "Normalization",
     "SAEConfig",
     "SAEConfigBase",
     "SkipTranscoderConfig",
     "StandardConfig",
     "TopKConfig",
+    "TopKSkipTranscoderConfig",
+    "TopKTranscoderConfig",
     "TranscoderConfig",
+    "activation_of",
     "explain",
     "parse_sae_config",
     "sae_bytes",
@@ -48,6 +55,9 @@ class SAEConfigBase(BaseModel):
 
     per_feature: ClassVar[tuple[str, ...]] = ("b_enc",)
     """Names of the tensors with one number per feature."""
+
+    activation: ClassVar[str] = "relu"
+    """What makes features sparse: relu, gated, jumprelu, topk or batchtopk. Wirings of one activation share it."""
 
     architecture: str
     """Which kind of SAE this is."""
@@ -98,6 +108,16 @@ class SAEConfigBase(BaseModel):
     """Everything else that came with it and must survive; what miStudio adds stands under `mistudio`."""
 
     @property
+    def is_transcoder(self) -> bool:
+        """Whether the output belongs elsewhere than the input: then b_dec is never subtracted, nor a norm undone."""
+        return False
+
+    @property
+    def has_skip(self) -> bool:
+        """Whether there is a linear path beside the features."""
+        return False
+
+    @property
     def output_width(self) -> int:
         """Width of the reconstruction."""
         return self.d_in
@@ -122,6 +142,7 @@ class GatedConfig(SAEConfigBase):
     """One path decides whether a feature is on, a second how strong it is (arXiv 2404.16014)."""
 
     per_feature: ClassVar[tuple[str, ...]] = ("b_gate", "b_mag", "r_mag")
+    activation: ClassVar[str] = "gated"
     architecture: Literal["gated"] = "gated"
 
 
@@ -129,33 +150,60 @@ class JumpReLUConfig(SAEConfigBase):
     """A feature is on above a threshold of its own (arXiv 2407.14435)."""
 
     per_feature: ClassVar[tuple[str, ...]] = ("b_enc", "threshold")
+    activation: ClassVar[str] = "jumprelu"
     architecture: Literal["jumprelu"] = "jumprelu"
 
 
-class TopKConfig(SAEConfigBase):
-    """The k largest pre-activations of a token, those below zero left out (arXiv 2406.04093)."""
-
-    architecture: Literal["topk"] = "topk"
-
+class _WithK(SAEConfigBase):
     k: Annotated[int, Field(gt=0, validation_alias=AliasChoices("k", "top_k_sparsity"))]
     """Features that may be active on one token."""
 
-    rescale_acts_by_decoder_norm: bool = False
-    """Choose by pre-activation times decoder norm, and call that the activation. SAEs trained here come out with
-    decoder rows of norm 1, where it makes no difference."""
-
     @model_validator(mode="after")
-    def _k_fits(self) -> TopKConfig:
+    def _k_fits(self) -> _WithK:
         if self.k > self.d_sae:
             raise ValueError(f"k is {self.k} and there are only d_sae = {self.d_sae} features to choose from")
         return self
 
 
-class TranscoderConfig(SAEConfigBase):
-    """Reads at one hook and predicts another, the MLP's input and output for example (arXiv 2406.11944)."""
+class TopKConfig(_WithK):
+    """The k largest pre-activations of a token, those below zero left out (arXiv 2406.04093)."""
 
-    architecture: Literal["transcoder"] = "transcoder"
+    activation: ClassVar[str] = "topk"
+    architecture: Literal["topk"] = "topk"
 
+    rescale_acts_by_decoder_norm: bool = False
+    """Choose by pre-activation times decoder norm, and call that the activation. SAEs trained here come out with
+    decoder rows of norm 1, where it makes no difference."""
+
+
+class BatchTopKConfig(_WithK):
+    """In training the k largest a token, counted over the whole batch (arXiv 2412.06410); finished, a JumpReLU with
+    one threshold for all features."""
+
+    per_feature: ClassVar[tuple[str, ...]] = ("b_enc", "threshold")
+    activation: ClassVar[str] = "batchtopk"
+    architecture: Literal["batchtopk"] = "batchtopk"
+
+    k: Annotated[int, Field(gt=0, validation_alias=AliasChoices("k", "top_k_sparsity"))]
+    """Active features per token, on average."""
+
+
+class MatryoshkaBatchTopKConfig(BatchTopKConfig):
+    """A BatchTopK SAE whose first features have to reconstruct alone, too: nested dictionaries (arXiv 2503.17547)."""
+
+    architecture: Literal["matryoshka_batchtopk"] = "matryoshka_batchtopk"  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    widths: tuple[Annotated[int, Field(gt=0)], ...]
+    """Numbers of features of the nested dictionaries, growing; the last one is d_sae."""
+
+    @model_validator(mode="after")
+    def _widths_nest(self) -> MatryoshkaBatchTopKConfig:
+        if list(self.widths) != sorted(set(self.widths)) or self.widths[-1:] != (self.d_sae,):
+            raise ValueError(f"widths {list(self.widths)} have to grow and end with d_sae = {self.d_sae}")
+        return self
+
+
+class _TranscoderBase(SAEConfigBase):
     apply_b_dec_to_input: Literal[False] = False  # pyright: ignore[reportIncompatibleVariableOverride]
     """Never: b_dec lives at the output."""
 
@@ -163,18 +211,24 @@ class TranscoderConfig(SAEConfigBase):
     """Width of the activations that it predicts."""
 
     @property
+    def is_transcoder(self) -> bool:
+        """True."""
+        return True
+
+    @property
     def output_width(self) -> int:
         """Width of the prediction."""
         return self.d_out
 
 
-class SkipTranscoderConfig(TranscoderConfig):
-    """A transcoder with a linear path beside the features (arXiv 2501.18823)."""
-
-    architecture: Literal["skip_transcoder"] = "skip_transcoder"  # pyright: ignore[reportIncompatibleVariableOverride]
+class _SkipBase(_TranscoderBase):
+    @property
+    def has_skip(self) -> bool:
+        """True."""
+        return True
 
     @model_validator(mode="after")
-    def _reads_and_writes_apart(self) -> SkipTranscoderConfig:
+    def _reads_and_writes_apart(self) -> _SkipBase:
         if self.hook_name is not None and self.hook_name == self.hook_name_out:
             raise ValueError(
                 f"a skip transcoder from {self.hook_name} to itself has a perfect solution without any feature "
@@ -187,13 +241,85 @@ class SkipTranscoderConfig(TranscoderConfig):
         return {**super().tensor_shapes(), "W_skip": (self.d_out, self.d_in)}
 
 
+class TranscoderConfig(_TranscoderBase):
+    """Reads at one hook and predicts another, the MLP's input and output for example (arXiv 2406.11944)."""
+
+    architecture: Literal["transcoder"] = "transcoder"
+
+
+class SkipTranscoderConfig(_SkipBase):
+    """A transcoder with a linear path beside the features (arXiv 2501.18823)."""
+
+    architecture: Literal["skip_transcoder"] = "skip_transcoder"
+
+
+class JumpReLUTranscoderConfig(_TranscoderBase):
+    """A transcoder whose features are on above thresholds of their own."""
+
+    per_feature: ClassVar[tuple[str, ...]] = ("b_enc", "threshold")
+    activation: ClassVar[str] = "jumprelu"
+    architecture: Literal["jumprelu_transcoder"] = "jumprelu_transcoder"
+
+
+class JumpReLUSkipTranscoderConfig(_SkipBase):
+    """A JumpReLU transcoder with a linear path beside the features."""
+
+    per_feature: ClassVar[tuple[str, ...]] = ("b_enc", "threshold")
+    activation: ClassVar[str] = "jumprelu"
+    architecture: Literal["jumprelu_skip_transcoder"] = "jumprelu_skip_transcoder"
+
+
+class TopKTranscoderConfig(_TranscoderBase, _WithK):
+    """A transcoder with the k largest pre-activations of a token (arXiv 2501.18823)."""
+
+    activation: ClassVar[str] = "topk"
+    architecture: Literal["topk_transcoder"] = "topk_transcoder"
+
+    rescale_acts_by_decoder_norm: bool = False
+    """As for TopK."""
+
+
+class TopKSkipTranscoderConfig(_SkipBase, _WithK):
+    """A TopK transcoder with a linear path beside the features (arXiv 2501.18823)."""
+
+    activation: ClassVar[str] = "topk"
+    architecture: Literal["topk_skip_transcoder"] = "topk_skip_transcoder"
+
+    rescale_acts_by_decoder_norm: bool = False
+    """As for TopK."""
+
+
 SAEConfig = Annotated[
-    StandardConfig | GatedConfig | JumpReLUConfig | TopKConfig | TranscoderConfig | SkipTranscoderConfig,
+    StandardConfig
+    | GatedConfig
+    | JumpReLUConfig
+    | TopKConfig
+    | BatchTopKConfig
+    | MatryoshkaBatchTopKConfig
+    | TranscoderConfig
+    | SkipTranscoderConfig
+    | JumpReLUTranscoderConfig
+    | JumpReLUSkipTranscoderConfig
+    | TopKTranscoderConfig
+    | TopKSkipTranscoderConfig,
     Field(discriminator="architecture"),
 ]
 """Any of the architectures, told apart by `architecture`."""
 
+_ACTIVATIONS: dict[str, str] = {
+    config.model_fields["architecture"].default: config.activation for config in get_args(get_args(SAEConfig)[0])
+}
+
 _ANY_CONFIG: TypeAdapter[SAEConfig] = TypeAdapter(SAEConfig)
+
+
+def activation_of(architecture: str) -> str:
+    """What makes an architecture's features sparse: relu, gated, jumprelu, topk or batchtopk.
+
+    Raises:
+        KeyError: there is no such architecture.
+    """
+    return _ACTIVATIONS[architecture]
 
 
 def explain(error: ValidationError) -> str:

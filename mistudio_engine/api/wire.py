@@ -20,6 +20,7 @@ __all__ = [
     "error_payload",
     "invalid_arguments",
     "parse_operation",
+    "problems_in",
     "request_of",
     "result_of",
 ]
@@ -40,9 +41,12 @@ class Request(NamedTuple):
 
 
 def request_of(operation: Operation[Any]) -> Request:
-    """The request that carries this operation; only fields that differ from their default travel."""
+    """The request that carries this operation; only fields that were given travel.
+
+    One that was given its default travels, too: it takes the place of a template's.
+    """
     route = type(operation).routes[0]
-    fields = operation.model_dump(mode="json", exclude_defaults=True)
+    fields = operation.model_dump(mode="json", exclude_unset=True)
     path = API + route.path
     for name in route.parameters:
         value = str(getattr(operation, name)).rpartition("/")[2].replace("#", ":")
@@ -72,9 +76,18 @@ def parse_operation(kind: type[Operation[Any]], arguments: dict[str, Any]) -> Op
 
 def invalid_arguments(kind: type[BaseModel], error: ValidationError, name: str) -> MistudioError:
     """A validation error in our words: every problem with its field, its value and what was expected."""
+    known = ", ".join(kind.model_fields)
+    return BadInput(
+        f"{name} cannot be called like this: {'; '.join(problems_in(error, name))}.",
+        fix=f"Its arguments are: {known}." if known else "It takes no arguments.",
+    )
+
+
+def problems_in(error: ValidationError, name: str, within: tuple[str, ...] = ()) -> list[str]:
+    """Every problem in a few words: where it is (`within` stands before that), the value, what was expected."""
     problems = []
     for item in error.errors(include_url=False):
-        where = ".".join(str(part) for part in item["loc"]) or "the arguments"
+        where = ".".join(str(part) for part in (*within, *item["loc"])) or "the arguments"
         if item["type"] == "missing":
             problems.append(f"{where} is missing")
         elif item["type"] == "extra_forbidden":
@@ -82,11 +95,7 @@ def invalid_arguments(kind: type[BaseModel], error: ValidationError, name: str) 
         else:
             message = item["msg"].removeprefix("Value error, ")
             problems.append(f"{where} = {_short(item.get('input'))}: {message}")
-    known = ", ".join(kind.model_fields)
-    return BadInput(
-        f"{name} cannot be called like this: {'; '.join(problems)}.",
-        fix=f"Its arguments are: {known}." if known else "It takes no arguments.",
-    )
+    return problems
 
 
 def _short(value: Any) -> str:

@@ -1,14 +1,14 @@
 """The joint between the machine and the science: one file for each file of operations.
 
-Importing this package loads only what needs no torch (the engine itself and its jobs), so that the engine answers
-`status` while it is still starting; `load()` imports the rest, on the compute thread.
+Importing this package loads only what needs no torch (the engine itself, its jobs, templates), so that the engine
+answers `status` while it is still starting; `load()` imports the rest, on the compute thread.
 """
 
 from __future__ import annotations
 
 import importlib
 
-from mistudio_engine.handlers import jobs, system  # noqa: F401  they register themselves
+from mistudio_engine.handlers import jobs, system, templates  # noqa: F401  they register themselves
 from mistudio_engine.handlers.registry import HANDLERS, PLANS, RUNS
 from mistudio_engine.runtime.engine import Engine, Registry
 
@@ -20,6 +20,7 @@ SCIENCE = (
     "datasets",
     "models",
     "training",
+    "reproduce",
     "saes",
     "extractions",
     "labels",
@@ -33,9 +34,10 @@ def load(engine: Engine) -> None:
     """Import the handlers that need torch, and open what they work with; on the compute thread."""
     modules = {name: importlib.import_module(f"mistudio_engine.handlers.{name}") for name in SCIENCE}
     engine.device = modules["resources"].best_device()
+    engine.jobs.faults = modules["resources"].FAULTS
     modules["search_index"].open_index(engine)
     modules["training"].follow_trainings(engine)
     modules["exports"].follow_exports(engine)
 
 
-REGISTRY = Registry(HANDLERS, PLANS, RUNS, load)
+REGISTRY = Registry(HANDLERS, PLANS, RUNS, load, templates.apply_template, templates.count_use)

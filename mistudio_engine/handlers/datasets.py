@@ -334,7 +334,8 @@ def delete_dataset(operation: DeleteDataset, engine: Engine) -> Deleted:
         for each in tokens:
             engine.store.delete(TokensRecord, each.slug)
         engine.store.delete(DatasetRecord, record.slug)
-    freed = sum(remove_folder(engine, each.folder) for each in tokens) + remove_folder(engine, record.folder)
+    folders = [record.folder, *(each.folder for each in tokens), *(f"activations/{each.slug}" for each in tokens)]
+    freed = sum(remove_folder(engine, folder) for folder in folders)
     return Deleted(ref=record.ref, freed_bytes=freed, also=[each.ref for each in tokens])
 
 

@@ -17,6 +17,7 @@ from mistudio_engine.export.feature_json import ExportOptions, FeatureExport
 from mistudio_engine.export.studio_zip import SAEFacts, estimate_bytes, write_zip
 from mistudio_engine.handlers.knowledge import Knowledge
 from mistudio_engine.handlers.registry import Planned, handles, plans, runs
+from mistudio_engine.handlers.relay import relay
 from mistudio_engine.runtime.engine import Engine
 from mistudio_engine.runtime.files import require_free
 from mistudio_engine.runtime.jobs import JobContext
@@ -107,17 +108,7 @@ def run_export(operation: Export, engine: Engine, context: JobContext) -> Genera
             options=_options(operation),
             saelens_folder=saelens_folder if operation.include_saelens_weights else None,
         )
-        while True:
-            try:
-                step = next(work)
-            except StopIteration as done:
-                written = done.value
-                break
-            try:
-                yield Progress(stage=step.stage, fraction=step.fraction)
-            except GeneratorExit:
-                work.close()
-                raise
+        written = yield from relay(work, lambda step: Progress(stage=step.stage, fraction=step.fraction))
     return engine.store.update(
         ExportRecord,
         slug,

@@ -19,6 +19,7 @@ from mistudio_engine.discovery.logit_lens import logit_lens
 from mistudio_engine.discovery.logit_store import write_logits
 from mistudio_engine.handlers.knowledge import DATA_FOLDER, LOGITS_FILE, Knowledge
 from mistudio_engine.handlers.registry import Planned, handles, plans, runs
+from mistudio_engine.handlers.relay import relay
 from mistudio_engine.handlers.resources import (
     fitting_model,
     free_slug,
@@ -141,17 +142,13 @@ def _extract(operation: Extract, engine: Engine, slug: str) -> Generator[Progres
 
 
 def _within(work: Any, start: float, end: float) -> Generator[Progress, Signal, Any]:
-    """A part's progress as a share of the whole job, from `start` to `end`; signals reach the part."""
-    signal: Signal | None = None
-    try:
-        while True:
-            step = work.send(signal)
-            fraction = start + (end - start) * (step.fraction or 0.0)
-            signal = yield Progress(stage=getattr(step, "stage", "logit lens"), fraction=fraction)
-    except StopIteration as done:
-        return done.value
-    finally:
-        work.close()
+    """A part's progress as a share of the whole job, from `start` to `end`."""
+
+    def say(step: Any) -> Progress:
+        fraction = start + (end - start) * (step.fraction or 0.0)
+        return Progress(stage=getattr(step, "stage", "logit lens"), fraction=fraction)
+
+    return relay(work, say)
 
 
 def _lens(

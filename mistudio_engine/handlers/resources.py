@@ -29,14 +29,17 @@ from mistudio_engine.api.records import (
     TokensRecord,
 )
 from mistudio_engine.api.sae_config import parse_sae_config, sae_bytes
+from mistudio_engine.models.device_errors import as_out_of_memory, is_device_lost
 from mistudio_engine.models.hooks import check_hook, check_width
 from mistudio_engine.models.language_model import LanguageModel
 from mistudio_engine.models.tokens import PackedTokens, load_tokens
 from mistudio_engine.runtime.engine import Engine
+from mistudio_engine.runtime.faults import Faults
 from mistudio_engine.saes import SAE, load_sae
 
 __all__ = [
     "EMBEDDED",
+    "FAULTS",
     "Source",
     "best_device",
     "check_fit",
@@ -52,6 +55,9 @@ __all__ = [
 
 EMBEDDED = "embedded"
 """Source name of the model and the corpus that come with miStudio."""
+
+FAULTS = Faults(is_device_lost, as_out_of_memory)
+"""How the engine takes torch's errors."""
 
 T = TypeVar("T")
 

@@ -6,6 +6,7 @@ kept as experiments that can be repeated. How an intervention acts and how its e
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -26,6 +27,7 @@ from mistudio_engine.api.steering import (
 )
 from mistudio_engine.handlers.knowledge import Knowledge
 from mistudio_engine.handlers.registry import Planned, plans, runs
+from mistudio_engine.handlers.relay import relay
 from mistudio_engine.handlers.resources import fitting_model, language_model, open_tokens, sparse_autoencoder, tokens_of
 from mistudio_engine.models.hooks import activations
 from mistudio_engine.models.language_model import LanguageModel
@@ -202,21 +204,15 @@ def _completions(lm: LanguageModel, arm: Arm) -> list[Completion]:
 
 def _passed_on(work: Any, context: JobContext) -> Generator[Progress, Signal, Any]:
     """A generation's steps as a job's progress, and its tokens as transient events."""
-    written = 0
-    while True:
-        try:
-            step = next(work)
-        except StopIteration as done:
-            return done.value
+    numbers = itertools.count()
+
+    def say(step: Any) -> Progress:
         if step.pieces:
-            data = {"index": written, "pieces": list(step.pieces), "token_ids": list(step.token_ids)}
+            data = {"index": next(numbers), "pieces": list(step.pieces), "token_ids": list(step.token_ids)}
             context.publish(f"jobs/{context.job.slug}", "tokens", data, transient=True)
-            written += 1
-        try:
-            yield Progress(stage=step.stage, fraction=min(1.0, (step.index + 1) / max(step.n_steps, 1)))
-        except GeneratorExit:
-            work.close()
-            raise
+        return Progress(stage=step.stage, fraction=min(1.0, (step.index + 1) / max(step.n_steps, 1)))
+
+    return relay(work, say)
 
 
 @contextmanager
@@ -311,7 +307,9 @@ def _mean(values: Sequence[float]) -> float:
 def _keep(engine: Engine, model: str, operation: Steer | Sweep, result: Any) -> Any:
     """Keep a run with its operation, so that it can be repeated."""
     slug = engine.store.numbered_slug(ExperimentRecord, operation.tool)
-    asked = {"tool": operation.tool, "arguments": operation.model_dump(mode="json", exclude_defaults=True)}
+    # Its template's arguments are among its own by now, and the template may be another one when it is repeated.
+    arguments = operation.model_dump(mode="json", exclude_defaults=True, exclude={"template"})
+    asked = {"tool": operation.tool, "arguments": arguments}
     if isinstance(result, SteerResult):
         result = result.model_copy(update={"experiment": f"experiment/{slug}"})
     engine.store.insert(

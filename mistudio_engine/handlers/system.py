@@ -32,11 +32,13 @@ from mistudio_engine.api.records import (
     Page,
     Record,
     SAERecord,
+    TemplateRecord,
     TokensRecord,
     TrainingRecord,
 )
 from mistudio_engine.handlers.jobs import training_now
 from mistudio_engine.handlers.registry import handles
+from mistudio_engine.handlers.templates import next_calls as calls_of_template
 from mistudio_engine.runtime.engine import Engine
 
 
@@ -65,6 +67,8 @@ def status(_: Status, engine: Engine) -> SystemStatus:
 
 def _first_step(counts: dict[str, int], engine: Engine) -> NextCall:
     """What somebody with nothing but this answer should do: the first step of the path that is missing."""
+    if engine.state == "starting":
+        return NextCall(tool="status")
     if not counts["model"]:
         return NextCall(tool="get_model", arguments={"source": "embedded"})
     if not counts["dataset"]:
@@ -143,6 +147,10 @@ def one_line(record: Record) -> str:
             return f"{counts}, of {record.sae} over {record.n_tokens:,} tokens"
         case ExportRecord():
             return f"{record.format} of {record.sae}: {record.status}"
+        case TemplateRecord():
+            star = ", favourite" if record.favourite else ""
+            about = f": {record.description}" if record.description else ""
+            return f"for {record.operation}, {len(record.arguments)} arguments, used {record.n_used}×{star}{about}"
         case Job():
             done = f", {record.progress:.0%}" if record.progress is not None else ""
             return f"{record.operation} {record.state}{done}{': ' + record.subject if record.subject else ''}"
@@ -217,6 +225,8 @@ def _next_calls(record: Record, engine: Engine) -> list[NextCall]:
             calls.append(NextCall(tool="train_sae", arguments=arguments))
         case ExtractionRecord():
             calls.append(NextCall(tool="label_features", arguments={"sae": record.sae}))
+        case TemplateRecord():
+            calls += calls_of_template(record)
         case Job() if not record.finished:
             calls.append(NextCall(tool="job", arguments={"id": record.slug, "wait_s": 20}))
         case _:

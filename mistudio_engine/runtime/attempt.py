@@ -23,6 +23,7 @@ from pydantic import BaseModel
 from mistudio_engine.api.errors import DiskFull, Internal, MistudioError, Unreachable
 from mistudio_engine.api.events import Event, Progress, Signal
 from mistudio_engine.api.records import Job, JobState
+from mistudio_engine.runtime.faults import Faults, first_line
 from mistudio_engine.runtime.files import disk_full, is_disk_full
 from mistudio_engine.runtime.job_book import JobBook, rebuilt
 
@@ -92,6 +93,9 @@ class Ending(NamedTuple):
     again_after_seconds: float | None = None
     """When to try again by itself, for a passing fault."""
 
+    device_lost: str | None = None
+    """Why nothing can run in this process any more, if so."""
+
 
 class Host(Protocol):
     """Who runs attempts. `begin` and `end` are called within the transaction that changes the job's state."""
@@ -99,6 +103,11 @@ class Host(Protocol):
     @property
     def closing(self) -> bool:
         """Is nothing to be begun any more?"""
+        ...
+
+    @property
+    def faults(self) -> Faults:
+        """How errors of libraries are to be taken."""
         ...
 
     def begin(self, attempt: Attempt) -> None:
@@ -235,10 +244,16 @@ class Attempt:
 
     def _failure(self, job: Job, error: BaseException) -> Ending:
         """What an exception means for the job."""
+        if self._host.faults.is_device_lost(error):
+            return self._device_lost(job, error)
         if self._order is Order.CANCEL:
             return Ending(JobState.CANCELLED, {"message": ""})
         if is_disk_full(error):
             error = disk_full(job.ref, self._folder)
+        elif (ours := self._host.faults.in_our_words(error, job.ref)) is not None:
+            log.warning("%s: %s", job.ref, first_line(error))
+            traceback.clear_frames(error.__traceback__)  # frames hold tensors, and memory is what is missing
+            error = ours
         if isinstance(error, DiskFull):
             message = f"{error.what} The job waits: make space, then resume it."
             return Ending(JobState.PAUSED, {"message": message, "error": error.body})
@@ -260,6 +275,18 @@ class Attempt:
             fix="The trace is in engine.log; please report it. A retry goes on from its last checkpoint, if any.",
         )
         return Ending(JobState.FAILED, {"error": fault.body, "message": str(fault)})
+
+    def _device_lost(self, job: Job, error: BaseException) -> Ending:
+        """The job rests, and it is not its fault alone: the host ends the process."""
+        log.critical("%s: the device is lost", job.ref, exc_info=error)
+        why = first_line(error)
+        if self._order is Order.CANCEL:
+            return Ending(JobState.CANCELLED, {"message": ""}, device_lost=why)
+        return Ending(
+            JobState.INTERRUPTED,
+            {"message": interruption(f"The device was lost ({why}).", self.resumes)},
+            device_lost=why,
+        )
 
     # Writing down
 

@@ -91,15 +91,19 @@ class ComputeLane:
         if self.is_here:
             raise RuntimeError("the compute thread cannot submit work to itself or wait for it: yield instead")
 
+    def close(self) -> None:
+        """Begins no further step, from any thread and without waiting; what has not ended is closed and Cancelled."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+
     def stop(self, seconds: float = 10.0) -> bool:
         """Ends the thread after its present step; what has not ended is closed and raises Cancelled.
 
         True when the thread ended within `seconds`; being a daemon, it does not keep the process alive otherwise.
         """
         self.require_elsewhere()
-        with self._changed:
-            self._closing = True
-            self._changed.notify()
+        self.close()
         if self._thread.ident is None:
             self._cancel_all()
         else:

@@ -21,12 +21,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import anyio.to_thread
 from anyio import CapacityLimiter
 
-from mistudio_engine.api.errors import EngineBusy, Internal
+from mistudio_engine.api.errors import EngineBusy, Internal, MistudioError
 from mistudio_engine.api.home import make_data_dir
 from mistudio_engine.api.operations.base import JobOperation, Operation
 from mistudio_engine.api.records import Job
 from mistudio_engine.runtime.bus import Bus
 from mistudio_engine.runtime.compute import ComputeLane
+from mistudio_engine.runtime.faults import first_line
 from mistudio_engine.runtime.files import sweep_parts
 from mistudio_engine.runtime.hub import Hub
 from mistudio_engine.runtime.jobs import JobContext, Jobs, Runner
@@ -68,6 +69,12 @@ class Registry(NamedTuple):
     load: Callable[[Engine], None]
     """Imports the rest of them, the part that needs torch, and opens the index; called on the compute thread."""
 
+    complete: Callable[[JobOperation[Any], Engine], JobOperation[Any]]
+    """Fills in what a call leaves to a template; what it answers is planned, queued and kept."""
+
+    submitted: Callable[[JobOperation[Any], Engine], None]
+    """Is told of each new job, within the transaction that queues it."""
+
 
 class Engine:
     """The engine of one data directory.
@@ -104,6 +111,9 @@ class Engine:
         # Offline nothing passes by itself: a retry would only wait.
         backoff = {"backoff_seconds": ()} if self.offline else {}
         self.jobs = Jobs(self.store, self.bus, self.compute, self.home, self._runners, **backoff)
+        self.jobs.on_device_lost(self._device_lost)
+        self.end_process: Callable[[], object] = self.compute.close
+        """Ends this process after its device was lost, at once; set by who can start another."""
         self._ready = threading.Event()
         self._start_error: BaseException | None = None
         self._submitting = threading.Lock()
@@ -130,6 +140,14 @@ class Engine:
 
     def _run(self, function: Callable[..., Any], operation: Operation[Any], context: JobContext) -> Any:
         return function(operation, self, context)
+
+    def _device_lost(self, why: str) -> None:
+        """Nothing may run here any more: the jobs are interrupted, and the process ends."""
+        log.critical("the device was lost: %s; this engine ends and its jobs go on in the next one", why)
+        self.state = "stopping"
+        self.compute.close()
+        self.jobs.abandon(why)
+        self.end_process()
 
     def stop(self, seconds: float = 10.0) -> None:
         """Let running jobs write a checkpoint, then stop every thread and close every file."""
@@ -186,12 +204,28 @@ class Engine:
             if isinstance(operation, JobOperation):
                 return self._submit(operation, who)  # type: ignore[return-value]
             return self.registry.handlers[kind](operation, self)
+        except MistudioError:
+            raise
+        except Exception as error:
+            judged = self._judged(error, type(operation).tool)
+            if judged is error:
+                raise
+            raise judged from error
         finally:
             _caller.reset(token)
+
+    def _judged(self, error: Exception, what: str) -> Exception:
+        """What an error that is none of ours means for the caller, and for the engine."""
+        if self.jobs.faults.is_device_lost(error):
+            why = first_line(error)
+            self._device_lost(why)
+            return Internal(f"The device was lost: {why}.", fix="The engine starts again; call again then.")
+        return self.jobs.faults.in_our_words(error, what) or error
 
     def _submit(self, operation: JobOperation[Any], who: str) -> Job:
         kind = type(operation)
         if operation.dry_run:  # without the lock: a plan may ask the hub, for which nobody else should wait
+            operation = self.registry.complete(operation, self)
             planned = self.registry.plans[kind](operation, self)
             return Job(
                 slug="dry-run",
@@ -205,10 +239,12 @@ class Engine:
             existing = self.jobs.with_key(operation)
             if existing is not None:
                 return existing
+            operation = self.registry.complete(operation, self)
             planned = self.registry.plans[kind](operation, self)
             with self.store.transaction():  # the job and the record that it works on, or neither
                 if planned.open is not None:
                     planned.open()
+                self.registry.submitted(operation, self)
                 return self.jobs.submit(
                     operation, plan=planned.plan, subject=planned.subject, author=who, priority=planned.priority
                 )

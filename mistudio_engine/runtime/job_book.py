@@ -6,7 +6,7 @@ where.
 Durable events of a job, on `jobs/{slug}` and on the channel of its subject: its new state (`queued`, `running`, …,
 `cancelled`) with `job, state, attempt, progress, stage, message` and, at the end, `result` or `error`; `metrics` with
 `job, metrics`; `checkpoint` with `job, progress`. Transient: `progress` with `job, progress, stage, rate, unit,
-eta_seconds`. On `jobs/{slug}` alone: `asked` with the `action`, `resumed`, `crashed`.
+eta_seconds`. On `jobs/{slug}` alone: `asked` with the `action`, `resumed`, `crashed`, `device_lost` with `why`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import Any
 
 from pydantic import ValidationError
@@ -27,7 +28,7 @@ from mistudio_engine.runtime.bus import Bus
 from mistudio_engine.runtime.job_states import ACTIVE_STATES, TRANSITIONS
 from mistudio_engine.runtime.store import NewEvent, Store
 
-__all__ = ["JobBook"]
+__all__ = ["NOT_ARGUMENTS", "JobBook", "arguments_of", "rebuilt"]
 
 log = logging.getLogger("mistudio.jobs")
 
@@ -36,6 +37,8 @@ NOT_ARGUMENTS = frozenset({"dry_run", "idempotency_key", "wait_s"})
 
 ANSWERS = ("resumed", "pausing", "paused", "completed", "failed", "cancelled")
 """Events after which an earlier wish is done or void; a crash and the recovery from it are not among them."""
+
+CRASHES = ("crashed", "device_lost")
 
 ENTITY_CHANNELS = {"model": "models", "dataset": "datasets", "training": "trainings", "sae": "saes"} | {
     "extraction": "extractions",
@@ -72,7 +75,7 @@ class JobBook:
         if key is None or not (found := self.store.all(Job, idempotency_key=key)):
             return None
         job = found[0]
-        if job.operation != operation.tool or arguments_of(rebuilt(job)) != arguments_of(operation):
+        if job.operation != operation.tool or not _asks_for(operation, arguments_of(rebuilt(job))):
             raise Conflict(
                 f"The idempotency key {key!r} belongs to {job.ref}, which is another call.",
                 why=f"That was {job.operation} with other arguments.",
@@ -114,11 +117,13 @@ class JobBook:
         newest = self.store.events_after(0, [f"jobs/{slug}"], 1, names=["asked", *ANSWERS], newest_first=True)
         return newest[0].data["action"] if newest and newest[0].event == "asked" else None
 
-    def n_crashes(self, slug: str) -> int:
-        """How many times in a row the engine died under this job without a checkpoint or an order in between."""
-        names = ["crashed", "checkpoint", "asked", *ANSWERS]
+    def crashes(self, slug: str) -> list[str]:
+        """How the engine died under this job, each time since its last checkpoint or order, newest first: `crashed`, or
+        `device_lost` by the job itself.
+        """
+        names = [*CRASHES, "checkpoint", "asked", *ANSWERS]
         newest = self.store.events_after(0, [f"jobs/{slug}"], 100, names=names, newest_first=True)
-        return next((n for n, event in enumerate(newest) if event.event != "crashed"), len(newest))
+        return [event.event for event in takewhile(lambda event: event.event in CRASHES, newest)]
 
     def note(self, job: Job, event: str, data: Mapping[str, Any] | None = None) -> None:
         """A durable event about a job on its own channel."""
@@ -181,6 +186,22 @@ class JobBook:
 def arguments_of(operation: JobOperation[Any]) -> dict[str, Any]:
     """What the operation asks for, as JSON."""
     return operation.model_dump(mode="json", exclude=set(NOT_ARGUMENTS))
+
+
+def _asks_for(operation: JobOperation[Any], arguments: dict[str, Any]) -> bool:
+    """Is it the call that a job with these arguments was started by?"""
+    if getattr(operation, "template", None) is None:
+        return arguments_of(operation) == arguments
+    # What it leaves to its template was filled in then, and the template may have changed since.
+    return _is_within(operation.model_dump(mode="json", exclude_unset=True, exclude=set(NOT_ARGUMENTS)), arguments)
+
+
+def _is_within(some: Any, whole: Any) -> bool:
+    if isinstance(some, dict) and isinstance(whole, dict):
+        return all(name in whole and _is_within(value, whole[name]) for name, value in some.items())
+    if isinstance(some, list) and isinstance(whole, list):
+        return len(some) == len(whole) and all(map(_is_within, some, whole))
+    return some == whole
 
 
 def rebuilt(job: Job) -> JobOperation[Any]:

@@ -26,6 +26,7 @@ from mistudio_engine.api.records import Job, JobState, Plan
 from mistudio_engine.runtime.attempt import Attempt, Ending, JobContext, Order, Runner, interruption
 from mistudio_engine.runtime.bus import Bus
 from mistudio_engine.runtime.compute import ComputeLane
+from mistudio_engine.runtime.faults import Faults
 from mistudio_engine.runtime.io_lane import IOLane
 from mistudio_engine.runtime.job_book import JobBook, arguments_of
 from mistudio_engine.runtime.job_states import ACTIVE_STATES, check_action
@@ -42,6 +43,9 @@ BACKOFF_SECONDS = (1.0, 5.0, 25.0)
 MAX_CRASHES = 10
 """A job under which the engine died this often without a checkpoint in between is not started again by itself: it may
 be what kills the engine."""
+
+MAX_LOST_DEVICES = 3
+"""The same for a job whose own step lost the device: that is nearly always the same fault again."""
 
 LEAVE_SECONDS = 1.0
 """Of the time that a shutdown has, what is kept for closing jobs that make no checkpoint."""
@@ -79,6 +83,13 @@ class Jobs:
         self._timers: set[threading.Timer] = set()
         self._all_ended = threading.Event()
         self._closing = False
+        self._device_lost: Callable[[str], object] = self.abandon
+        self.faults = Faults()
+        """How errors of libraries are to be taken (see `attempt.Host`); set by who knows them."""
+
+    def on_device_lost(self, callback: Callable[[str], object]) -> None:
+        """Calls `callback` with the reason, on the thread it happened on, once a job has lost the device and rests."""
+        self._device_lost = callback
 
     def on_change(self, callback: Callable[[Job], None]) -> None:
         """Calls `callback` with the job at each change of state, within the transaction of that change.
@@ -171,6 +182,9 @@ class Jobs:
             self._store.after_commit(lambda: self._enqueue_later(slug, seconds))
         if self._closing and not self._live:
             self._store.after_commit(self._all_ended.set)
+        if (why := ending.device_lost) is not None:
+            self._book.note(self.get(slug), "device_lost", {"why": why})
+            self._store.after_commit(lambda: self._device_lost(why))
 
     def patience_seconds(self, slug: str) -> float | None:
         """How long to wait before a job that met a passing fault is tried again (see `attempt.Host`)."""
@@ -338,7 +352,10 @@ class Jobs:
             self._book.move(job.slug, JobState.PAUSED, message="The engine was killed while the job paused. Resume it.")
         elif job.resumes == "never":
             return
-        elif self._book.n_crashes(job.slug) >= MAX_CRASHES:
+        elif (crashes := self._book.crashes(job.slug)).count("device_lost") >= MAX_LOST_DEVICES:
+            message = f"It lost the device {MAX_LOST_DEVICES} times at this point. Resume it, or cancel it."
+            self._store.update(Job, job.slug, message=message)
+        elif len(crashes) >= MAX_CRASHES:
             message = f"The engine was killed {MAX_CRASHES} times under this job, maybe by it. Resume it, or cancel it."
             self._store.update(Job, job.slug, message=message)
         else:
@@ -367,13 +384,30 @@ class Jobs:
         for timer in list(self._timers):
             timer.cancel()
         self._all_ended.wait(seconds)
-        with self._store.transaction():  # what is still inside a step is left behind
-            for slug, attempt in self._live.items():
-                message = interruption("The engine stopped in the middle of a step.", attempt.resumes)
-                self._book.move(slug, JobState.INTERRUPTED, message=message, eta_seconds=None)
-                log.warning("job/%s did not end its step in time", slug)
-            self._live.clear()
+        for slug in self._leave("The engine stopped in the middle of a step."):
+            log.warning("job/%s did not end its step in time", slug)
         self._io.close(max(0.0, ends_at - time.monotonic()))
+
+    def abandon(self, why: str) -> None:
+        """Interrupts the running jobs as they are, from any thread: none may make another step, say on a lost device.
+
+        It waits for nobody. They go on when the next engine calls `recover`; waiting jobs stay queued.
+        """
+        for timer in list(self._timers):
+            timer.cancel()
+        self._leave(f"The engine ended because its device was lost ({why}).")
+
+    def _leave(self, what: str) -> list[str]:
+        """Writes down that the running jobs are interrupted, whatever they are inside of; their slugs."""
+        with self._store.transaction():
+            self._closing = True
+            left = list(self._live.items())
+            for slug, attempt in left:
+                message = interruption(what, attempt.resumes)
+                self._book.move(slug, JobState.INTERRUPTED, message=message, eta_seconds=None)
+            self._live.clear()
+            self._all_ended.set()
+        return [slug for slug, _ in left]
 
 
 def _log_fault(future: Future[Any]) -> None:

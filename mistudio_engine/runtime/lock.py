@@ -15,17 +15,20 @@ import json
 import os
 import time
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from mistudio_engine.api.errors import EngineBusy, Unsupported
-from mistudio_engine.api.home import lock_holder, lock_path, make_data_dir, remove_engine_file
+from mistudio_engine.api.home import LockHolder, lock_holder, lock_path, make_data_dir, remove_engine_file
 
 __all__ = ["EngineLock"]
 
 HOLDER_WAIT_SECONDS = 0.5
-"""A holder writes its pid right after it has the lock; how long a second one waits to read it."""
+"""A holder writes its pid right after it has the lock, and ends right after its engine; how long a second one waits to
+know which it is."""
 
 
 class EngineLock:
@@ -35,12 +38,14 @@ class EngineLock:
             ...                      # bind the socket
             lock.describe(url)       # so that a second engine can name us
 
-    A forked child does not keep it: otherwise a data loader's orphan would hold the directory of a killed engine.
+    A forked child does not keep it: otherwise a data loader's orphan would hold the directory of a killed engine. Only
+    one that is forked inside `shared_with_child` does.
     """
 
     def __init__(self, path: Path, descriptor: int) -> None:
         self.path = path
         self._descriptor: int | None = descriptor
+        self._is_shared = False
         _held.add(self)
 
     @classmethod
@@ -54,11 +59,12 @@ class EngineLock:
         path = lock_path(make_data_dir(home))
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(descriptor, path)
+        except EngineBusy:
+            os.close(descriptor)
+            raise
         except OSError as error:
             os.close(descriptor)
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise _busy(path) from None
             raise Unsupported(
                 f"{path.parent} lies on a file system without locks.",
                 why=str(error),
@@ -82,6 +88,15 @@ class EngineLock:
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, text, 0)
 
+    @contextmanager
+    def shared_with_child(self) -> Iterator[None]:
+        """A child forked inside the block holds the lock, too: it is free when both have let go or ended."""
+        self._is_shared = True
+        try:
+            yield
+        finally:
+            self._is_shared = False
+
     def release(self) -> None:
         """Let go. The file stays: unlinking it would let two engines lock two files of one name."""
         if self._descriptor is not None:
@@ -90,7 +105,7 @@ class EngineLock:
             self._descriptor = None
 
     def _drop_in_child(self) -> None:
-        if self._descriptor is not None:
+        if self._descriptor is not None and not self._is_shared:
             os.close(self._descriptor)
             self._descriptor = None
 
@@ -114,12 +129,27 @@ def _drop_all_in_child() -> None:
 os.register_at_fork(after_in_child=_drop_all_in_child)
 
 
-def _busy(path: Path) -> EngineBusy:
+def _lock(descriptor: int, path: Path) -> None:
+    """Lock the file; while whoever holds it is not named, or is just ending, try again for a moment.
+
+    Raises:
+        EngineBusy: somebody holds it.
+    """
     deadline = time.monotonic() + HOLDER_WAIT_SECONDS
-    holder = lock_holder(path.parent)
-    while holder is None and time.monotonic() < deadline:
-        time.sleep(0.01)
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise
         holder = lock_holder(path.parent)
+        if holder is not None or time.monotonic() > deadline:
+            raise _busy(path, holder) from None
+        time.sleep(0.01)
+
+
+def _busy(path: Path, holder: LockHolder | None) -> EngineBusy:
     who = f"the engine with pid {holder.pid}" if holder else "another process"
     where = f" at {holder.url}" if holder and holder.url else ""
     return EngineBusy(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mistudio_engine.saes.architectures import ARCHITECTURES, new_sae
 from mistudio_engine.saes.base import SAE
-from mistudio_engine.saes.folding import fold_decoder_norms, fold_input_scale
+from mistudio_engine.saes.folding import fold_decoder_norms, fold_normalization
 from mistudio_engine.saes.formats import FORMATS, detect_format, load_sae, save_sae
 from mistudio_engine.saes.saelens import read_sparsity
 
@@ -14,7 +14,7 @@ __all__ = [
     "SAE",
     "detect_format",
     "fold_decoder_norms",
-    "fold_input_scale",
+    "fold_normalization",
     "load_sae",
     "new_sae",
     "read_sparsity",

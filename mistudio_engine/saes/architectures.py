@@ -1,4 +1,8 @@
-"""Which class runs which architecture: a new one is a file, a config in the union, and a line here."""
+"""Which class runs which architecture: a new activation is a file, a config in the union, and a line here.
+
+A class is an activation. Whether the SAE reads and writes at one hook, at two (a transcoder), or has a linear path
+beside its features is wiring, which the config says and the base class does.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +14,8 @@ from mistudio_engine.api.sae_config import SAEConfig
 from mistudio_engine.saes.base import SAE
 from mistudio_engine.saes.gated import GatedSAE
 from mistudio_engine.saes.jumprelu import JumpReLUSAE
-from mistudio_engine.saes.skip_transcoder import SkipTranscoder
 from mistudio_engine.saes.standard import StandardSAE
 from mistudio_engine.saes.topk import TopKSAE
-from mistudio_engine.saes.transcoder import Transcoder
 
 __all__ = ["ARCHITECTURES", "new_sae"]
 
@@ -22,8 +24,14 @@ ARCHITECTURES: dict[str, type[SAE]] = {
     "gated": GatedSAE,
     "jumprelu": JumpReLUSAE,
     "topk": TopKSAE,
-    "transcoder": Transcoder,
-    "skip_transcoder": SkipTranscoder,
+    "batchtopk": JumpReLUSAE,
+    "matryoshka_batchtopk": JumpReLUSAE,
+    "transcoder": StandardSAE,
+    "skip_transcoder": StandardSAE,
+    "jumprelu_transcoder": JumpReLUSAE,
+    "jumprelu_skip_transcoder": JumpReLUSAE,
+    "topk_transcoder": TopKSAE,
+    "topk_skip_transcoder": TopKSAE,
 }
 
 

@@ -47,15 +47,12 @@ class SAE(nn.Module, ABC):
         WrongShape: a tensor is missing, is one too many, or has another shape.
 
     Shapes: W_enc (d_in, d_sae); W_dec (d_sae, d_in), so that a feature's direction is a **row**; b_dec (d_in,). A
-    transcoder's W_dec and b_dec have d_out in place of d_in.
+    transcoder's W_dec and b_dec have d_out in place of d_in; a skip path is W_skip (d_out, d_in).
     """
 
     W_enc: nn.Parameter
     W_dec: nn.Parameter
     b_dec: nn.Parameter
-
-    undoes_norm = True
-    """False for transcoders: their output is not their input, so there is no norm to undo."""
 
     def __init__(self, cfg: SAEConfig, tensors: Mapping[str, Tensor] | None = None) -> None:
         super().__init__()
@@ -134,7 +131,7 @@ class SAE(nn.Module, ABC):
             BadInput: the norm cannot be undone without `like`.
         """
         sae_out = self.reconstruct(feature_acts)
-        if self.cfg.normalize_activations in ("layer_norm", "constant_norm_rescale") and self.undoes_norm:
+        if self.cfg.normalize_activations in ("layer_norm", "constant_norm_rescale") and not self.cfg.is_transcoder:
             if like is None:
                 raise BadInput(
                     f"This SAE normalises each token ({self.cfg.normalize_activations}), so decode() needs the input.",
@@ -145,7 +142,12 @@ class SAE(nn.Module, ABC):
         return sae_out if like is None or not self._is_split(like) else sae_out.reshape(like.shape)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The reconstruction of x, in x's shape; a transcoder's prediction of its output hook (…, d_out)."""
+        """The reconstruction of x, in x's shape; a transcoder's prediction of its output hook (…, d_out), to which a
+        skip path adds what it carries over from the input as it came."""
+        if self.cfg.is_transcoder:
+            sae_out = self.decode(self.encode(x))
+            skip = self.skip(self._flat(x).to(self.dtype))
+            return sae_out if skip is None else sae_out + skip
         return self.decode(self.encode(x), like=x)
 
     def normalize(self, x: Tensor) -> tuple[Tensor, Norm]:
@@ -179,6 +181,10 @@ class SAE(nn.Module, ABC):
     def reconstruct(self, feature_acts: Tensor) -> Tensor:
         """The reconstruction in normalised space, (…, d_out)."""
         return feature_acts @ self.W_dec + self.b_dec
+
+    def skip(self, z: Tensor) -> Tensor | None:
+        """z·W_skipᵀ, (…, d_out); None where there is no skip path."""
+        return z @ self.get_parameter("W_skip").T if self.cfg.has_skip else None
 
     def centre(self, z: Tensor) -> Tensor:
         """z − b_dec where the architecture subtracts it."""

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from mistudio_engine.api.errors import BadInput, CorruptFile, Unsupported, WrongShape
 from mistudio_engine.api.sae_config import SAEConfig, SAEConfigBase, parse_sae_config
-from mistudio_engine.saes.architectures import ARCHITECTURES, new_sae
+from mistudio_engine.saes.architectures import new_sae
 from mistudio_engine.saes.base import SAE, check_tensors
 from mistudio_engine.saes.tensor_file import Header, is_finite, read_header, read_json, read_tensors, write_tensors
 
-__all__ = ["is_saelens", "read_saelens", "read_sparsity", "write_saelens", "write_sparsity"]
+__all__ = ["is_in_saelens", "is_saelens", "read_saelens", "read_sparsity", "write_saelens", "write_sparsity"]
 
 CFG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae_weights.safetensors"
@@ -68,11 +68,16 @@ _COMMON_KEYS = (
 """Keys that every architecture has, device and metadata aside."""
 
 _OWN_KEYS = {
+    "standard": (),
+    "gated": (),
+    "jumprelu": (),
     "topk": ("k", "rescale_acts_by_decoder_norm"),
     "transcoder": ("d_out",),
     "skip_transcoder": ("d_out",),
+    "jumprelu_transcoder": ("d_out",),
+    "jumprelu_skip_transcoder": ("d_out",),
 }
-"""Keys that one architecture alone has."""
+"""The architectures that SAELens and we both have, with the keys that one alone has."""
 
 _RENAMED = {
     "hook_point": "hook_name",
@@ -82,6 +87,11 @@ _RENAMED = {
 """Names of before version 6, and what they became."""
 
 _DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def is_in_saelens(architecture: str) -> bool:
+    """Whether SAELens has an architecture, so that such an SAE can be written for it."""
+    return architecture in _OWN_KEYS
 
 
 def is_saelens(folder: Path) -> bool:
@@ -103,7 +113,7 @@ def read_saelens(folder: Path) -> SAE:
     values = _modern(raw) if _major_version(raw) >= 6 else _from_before_6(raw, notes)
     cfg = _config(values, header, notes)
     shapes = {name: info.shape for name, info in header.tensors.items() if name != "scaling_factor"}
-    if cfg.architecture == "jumprelu" and "log_threshold" in shapes:
+    if cfg.activation == "jumprelu" and "log_threshold" in shapes:
         shapes["threshold"] = shapes.pop("log_threshold")
     check_tensors(cfg, shapes)
 
@@ -125,7 +135,17 @@ def read_saelens(folder: Path) -> SAE:
 
 
 def write_saelens(sae: SAE, folder: Path, provenance: dict[str, Any]) -> None:
-    """Write an SAE as SAELens 6 does, into a folder that exists: exactly its tensors, all nine common keys."""
+    """Write an SAE as SAELens 6 does, into a folder that exists: exactly its tensors, all nine common keys.
+
+    Raises:
+        Unsupported: SAELens has no such architecture.
+    """
+    if not is_in_saelens(sae.cfg.architecture):
+        raise Unsupported(
+            f"SAELens has no architecture {sae.cfg.architecture!r}, so this SAE cannot be written in its format.",
+            why=f"It has {', '.join(_OWN_KEYS)}.",
+            fix="Write it in miStudio's own format (native).",
+        )
     write_tensors(folder / WEIGHTS_FILE, dict(sae.named_parameters()))
     (folder / CFG_FILE).write_text(dump_json(_to_saelens(sae.cfg, provenance)), encoding="utf-8")
 
@@ -168,10 +188,10 @@ def dump_json(data: dict[str, Any]) -> str:
 def _config(values: dict[str, Any], header: Header, notes: list[str]) -> SAEConfig:
     """Check what both generations of cfg.json share."""
     architecture = values.get("architecture")
-    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
+    if not isinstance(architecture, str) or architecture not in _OWN_KEYS:
         raise Unsupported(
             f"{CFG_FILE} says architecture {architecture!r}, which miStudio cannot run.",
-            why=f"It runs {', '.join(ARCHITECTURES)}.",
+            why=f"Of SAELens's architectures it runs {', '.join(_OWN_KEYS)}.",
         )
     if architecture == "topk" and values.get("k") is None:
         raise CorruptFile(

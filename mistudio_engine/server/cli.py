@@ -25,7 +25,11 @@ class Commands(click.Group):
     """The fixed commands, then a command for each operation, made when it is asked for."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [*super().list_commands(ctx), *(name.replace("_", "-") for name in _catalogue())]
+        return [*super().list_commands(ctx), *(name.replace("_", "-") for name in self._operations())]
+
+    def _operations(self) -> dict[str, str]:
+        """Those that have no command of their own."""
+        return {name: text for name, text in _catalogue().items() if name not in self.commands}
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         command = super().get_command(ctx, cmd_name)
@@ -40,7 +44,7 @@ class Commands(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl(fixed)
         with formatter.section("Operations"):
-            formatter.write_dl([(name.replace("_", "-"), text) for name, text in _catalogue().items()])
+            formatter.write_dl([(name.replace("_", "-"), text) for name, text in self._operations().items()])
 
 
 def _catalogue() -> dict[str, str]:
@@ -163,6 +167,21 @@ def doctor(home: Path | None) -> None:
     for finding in findings:
         click.echo(f"{finding.mark} {finding.name:<20} {finding.text}")
     sys.exit(1 if any(finding.fatal for finding in findings) else 0)
+
+
+@cli.command()
+@click.argument("ref")
+@click.option("--name", default=None, help="Slug of the new training [default: NAME-again].")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@HOME
+def reproduce(ref: str, name: str | None, as_json: bool, home: Path | None) -> None:
+    """Make training/NAME or sae/NAME again and compare the weights; the status is 1 when they differ."""
+    from mistudio_engine.api.client import connect
+
+    with connect(home) as studio:
+        result = studio.reproduce(ref=ref, name=name).wait()
+    click.echo(result.model_dump_json(indent=2) if as_json else result.summary)
+    sys.exit(0 if result.identical else 1)
 
 
 def main(arguments: list[str] | None = None) -> None:

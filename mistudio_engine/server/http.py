@@ -165,11 +165,12 @@ def _subscription(message: str) -> tuple[list[str] | None, int | None]:
 
 async def _follow(socket: WebSocket, engine: Engine, channels: list[str] | None, after: int | None) -> None:
     hello = {"epoch": engine.epoch, "version": __version__, "state": engine.state}
-    await socket.send_json(
-        {"channel": "engine", "event": "hello", "seq": after or 0, "at": 0.0, "data": hello, "transient": True}
-    )
     with contextlib.suppress(WebSocketDisconnect):
         async with engine.bus.subscribe(channels, after=after) as events:
+            seq = engine.bus.seq if after is None else after  # whoever connects again goes on from there
+            await socket.send_json(
+                {"channel": "engine", "event": "hello", "seq": seq, "at": 0.0, "data": hello, "transient": True}
+            )
             async for event in events:
                 await socket.send_text(event.model_dump_json())
         # The reader was too slow for its queue: it reconnects and is given what it missed.

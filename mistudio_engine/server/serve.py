@@ -1,7 +1,8 @@
 """The engine process: take the directory, bind the socket, say where we are, serve, and stop in good order.
 
-The order matters: the lock first (a second engine is refused before it touches anything), `engine.json` only once the
-socket listens, and torch after that, so that a client finds the engine within a second. It knows no operation.
+The order matters: the lock first (a second engine is refused before it touches anything), then the fork below which the
+engine lives and can be started again (supervisor.py), `engine.json` only once the socket listens, and torch after that,
+so that a client finds the engine within a second. It knows no operation.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import signal
 import socket
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import uvicorn
 from mistudio_engine import __version__
 from mistudio_engine.api.errors import BadInput, EngineBusy, EngineMissing
 from mistudio_engine.api.home import (
+    EXIT_DEVICE_LOST,
     EngineFile,
     missing_packages,
     probe,
@@ -29,6 +32,7 @@ from mistudio_engine.api.home import (
     write_engine_file,
 )
 from mistudio_engine.runtime.lock import EngineLock
+from mistudio_engine.server.supervisor import supervise
 
 __all__ = ["run", "stop"]
 
@@ -57,11 +61,14 @@ def run(home: Path | None, *, host: str, port: int, allow_remote: bool, log_leve
     # the work itself.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with EngineLock.acquire(home) as lock, _bound(host, port) as listener:
+        supervise(lock)  # what follows is done by a child process, and by another one if that loses its device
         from mistudio_engine.handlers import REGISTRY
         from mistudio_engine.runtime.engine import Engine
         from mistudio_engine.server.app import build_app
 
         engine = Engine(home, REGISTRY)
+        # At once: what a poisoned CUDA context would still be asked for only fails, and may hang.
+        engine.end_process = partial(os._exit, EXIT_DEVICE_LOST)
         url = f"http://{_url_host(host)}:{listener.getsockname()[1]}"
         lock.describe(url)
         hosts = frozenset() if _is_loopback(host) else frozenset({host.lower(), socket.gethostname().lower()})

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from mistudio_engine.training.activations import ActivationStream
-from mistudio_engine.training.checkpoints import Latest, latest_good, save_checkpoint
+from mistudio_engine.training.activation_cache import CachedActivations, write_cache
+from mistudio_engine.training.activations import ActivationStream, LiveActivations
+from mistudio_engine.training.checkpoints import Latest, latest_good, restore_checkpoint, save_checkpoint
 from mistudio_engine.training.evaluation import evaluate
-from mistudio_engine.training.loop import train
+from mistudio_engine.training.loop import Member, train
 from mistudio_engine.training.trainer import StepMetrics, Trainer
 
 __all__ = [
     "ActivationStream",
+    "CachedActivations",
     "Latest",
+    "LiveActivations",
+    "Member",
     "StepMetrics",
     "Trainer",
     "evaluate",
     "latest_good",
+    "restore_checkpoint",
     "save_checkpoint",
     "train",
+    "write_cache",
 ]

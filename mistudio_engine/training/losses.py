@@ -1,28 +1,22 @@
-"""Losses as functions of outputs: each takes tensors and returns the number to minimise.
+"""Losses and gradient estimators as functions of outputs: each takes tensors and returns what is added up.
 
-They know no trainer and no schedule; which of them make up an architecture's objective is in objectives.py. All live in
-normalised space, where inputs have mean norm √d. n is ‖W_dec row‖, (d_sae,).
+They know no trainer, no schedule and no architecture; which of them make up an objective is in objectives.py. All live
+in normalised space, where inputs have mean norm √d. They are the same for dense and for sparse codes.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["aux_k", "jump_relu", "keep_top", "l1_loss", "mse_loss", "pre_act_loss", "step", "tanh_count"]
+__all__ = ["Jump", "aux_k_scale", "jump", "keep_top", "mse_loss"]
 
 
 def mse_loss(sae_out: Tensor, target: Tensor) -> Tensor:
     """Mean over tokens of the *sum* over dimensions of (x̂ − x)², the field's MSE."""
     return (sae_out - target).pow(2).sum(dim=-1).mean()
-
-
-def l1_loss(feature_acts: Tensor, decoder_norms: Tensor) -> Tensor:
-    """Mean over tokens of Σ f·n: with n in it, shrinking f while growing the decoder wins nothing (Anthropic, April
-    2024)."""
-    return (feature_acts * decoder_norms).sum(dim=-1).mean()
 
 
 def keep_top(values: Tensor, scores: Tensor, k: int) -> Tensor:
@@ -34,65 +28,61 @@ def keep_top(values: Tensor, scores: Tensor, k: int) -> Tensor:
     return torch.zeros_like(values).scatter(-1, top, values.gather(-1, top))
 
 
-def aux_k(residual: Tensor, recons: Tensor, n_dead: int) -> Tensor:
-    """AuxK (arXiv 2406.04093, appendix A.2): how far dead features, without b_dec, are from what the living ones left.
+def aux_k_scale(n_dead: int, d: int) -> float:
+    """How much AuxK counts (arXiv 2406.04093, appendix A.2): fewer dead features than d/2 count for less."""
+    return min(n_dead / max(1, d // 2), 1.0)
+
+
+class Jump(NamedTuple):
+    """Both sides of a threshold's gate."""
+
+    feature_acts: Tensor
+    """p·1[p > θ]"""
+
+    gate: Tensor
+    """1[p > θ]"""
+
+
+def jump(hidden_pre: Tensor, threshold: Tensor, bandwidth: float) -> Jump:
+    """A JumpReLU whose gradient reaches the threshold through a window (arXiv 2407.14435, section 4).
+
+    The derivative of an expected step is minus the density of p at θ, and K((p − θ)/ε)/ε with the rectangle K
+    estimates it.
 
     Args:
-        residual: x − x̂, detached, (batch, d_in).
-        recons: the dead features' reconstruction, (batch, d_in).
-        n_dead: fewer than d_in/2 count for proportionally less.
+        hidden_pre: p, (batch, d_sae) or (n_pairs,).
+        threshold: θ, (d_sae,) beside the first, (n_pairs,) beside the second.
+        bandwidth: ε.
     """
-    scale = min(n_dead / max(1, residual.shape[-1] // 2), 1.0)
-    return scale * mse_loss(recons, residual)
+    return Jump(*_Jump.apply(hidden_pre, threshold, bandwidth))  # pyright: ignore
 
 
-def pre_act_loss(hidden_pre: Tensor, threshold: Tensor, dead: Tensor, decoder_norms: Tensor) -> Tensor:
-    """Mean over tokens of Σ relu(θ − p)·n over dead features: pulls them towards firing (Anthropic, January 2025)."""
-    return ((threshold - hidden_pre).relu() * dead * decoder_norms).sum(dim=-1).mean()
-
-
-def tanh_count(feature_acts: Tensor, decoder_norms: Tensor, scale: float) -> Tensor:
-    """Mean over tokens of Σ tanh(scale·f·n), a smooth count of active features."""
-    return torch.tanh(scale * feature_acts * decoder_norms).sum(dim=-1).mean()
-
-
-def step(hidden_pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-    """1[p > θ], (batch, d_sae); its gradient reaches the threshold through a window of width `bandwidth`."""
-    return _Step.apply(hidden_pre, threshold, bandwidth)  # pyright: ignore[reportReturnType]
-
-
-def jump_relu(hidden_pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-    """p·1[p > θ], (batch, d_sae); its gradient reaches the threshold through a window of width `bandwidth`."""
-    return _JumpReLU.apply(hidden_pre, threshold, bandwidth)  # pyright: ignore[reportReturnType]
-
-
-def _window(hidden_pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-    """K((p − θ)/ε)/ε with the rectangle K: a kernel estimate of the density of p at θ (arXiv 2407.14435, section 4)."""
-    return (((hidden_pre - threshold) / bandwidth).abs() < 0.5).to(hidden_pre.dtype) / bandwidth
-
-
-class _Step(torch.autograd.Function):
+class _Jump(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-        ctx.save_for_backward(hidden_pre, threshold)
+    def forward(ctx: Any, hidden_pre: Tensor, threshold: Tensor, bandwidth: float) -> tuple[Tensor, Tensor]:
+        above = hidden_pre - threshold
+        active = _positive(above)
+        window = _positive(bandwidth / 2 - above.abs_())
+        ctx.save_for_backward(active, window, threshold)
         ctx.bandwidth = bandwidth
-        return (hidden_pre > threshold).to(hidden_pre.dtype)
+        ctx.set_materialize_grads(False)
+        return hidden_pre * active, active
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:
-        hidden_pre, threshold = ctx.saved_tensors
-        return None, -(_window(hidden_pre, threshold, ctx.bandwidth) * grads[0]).sum(dim=0), None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
+        active, window, threshold = ctx.saved_tensors
+        of_acts, of_gate = grads
+        total = of_gate if of_acts is None else threshold * of_acts
+        if of_acts is not None and of_gate is not None:
+            total = total + of_gate
+        if total is None:
+            return None, None, None
+        seen = window * total
+        if seen.dim() > threshold.dim():
+            seen = seen.sum(dim=0)
+        return None if of_acts is None else active * of_acts, seen / -ctx.bandwidth, None
 
 
-class _JumpReLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden_pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-        ctx.save_for_backward(hidden_pre, threshold)
-        ctx.bandwidth = bandwidth
-        return hidden_pre * (hidden_pre > threshold)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        hidden_pre, threshold = ctx.saved_tensors
-        window = _window(hidden_pre, threshold, ctx.bandwidth)
-        return (hidden_pre > threshold) * grads[0], -(threshold * window * grads[0]).sum(dim=0), None
+def _positive(x: Tensor) -> Tensor:
+    """1[x > 0] in x's own type: comparing, and choosing by a comparison, is several times slower in bfloat16."""
+    return x.sign().clamp_min_(0)

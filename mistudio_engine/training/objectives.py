@@ -1,7 +1,8 @@
 """What each architecture minimises: its losses put together, and what the trainer wants to know beside them.
 
-The formulas are SAELens's, so that its coefficients mean the same here. An objective takes inputs in normalised space
-and knows no optimizer. A new architecture is a function and a line in OBJECTIVES.
+The formulas are SAELens's, so that its coefficients mean the same here. An objective takes a code (codes.py), dense or
+sparse, and a target in normalised space; it knows no optimizer. Another activation is a function and a line in
+OBJECTIVES; transcoders share those of their activation.
 """
 
 from __future__ import annotations
@@ -12,18 +13,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mistudio_engine.api.sae_config import MatryoshkaBatchTopKConfig
 from mistudio_engine.api.training_config import Hyperparameters
 from mistudio_engine.saes import SAE
-from mistudio_engine.saes.gated import GatedSAE
-from mistudio_engine.saes.jumprelu import JumpReLUSAE
-from mistudio_engine.saes.topk import TopKSAE
 from mistudio_engine.training import losses
-from mistudio_engine.training.sparse_topk import sparse_forward
+from mistudio_engine.training.codes import Code
 
-__all__ = ["OBJECTIVES", "Objective"]
+__all__ = ["OBJECTIVES", "Moment", "Objective"]
 
-_SPARSE_PAYS = 4
-"""The sparse path of TopK wins when d_sae is more than this many times k (measured on two CPU cores)."""
+
+class Moment(NamedTuple):
+    """What an objective is told of the training beside the code."""
+
+    hp: Hyperparameters
+    sparsity: float
+    """How far the penalty has warmed up, 0 to 1."""
+
+    dead: Tensor
+    """Features that have not fired for the whole window, bool (d_sae,)."""
+
+    skip: Tensor | None = None
+    """What the skip path adds to the output, (n_tokens, d_out)."""
 
 
 class Objective(NamedTuple):
@@ -36,7 +46,7 @@ class Objective(NamedTuple):
     """The terms that add up to it, coefficients included."""
 
     sae_out: Tensor
-    """(batch, d_in), in normalised space."""
+    """(n_tokens, d_out), in normalised space."""
 
     n_fired: Tensor
     """On how many tokens of the batch each feature was active, (d_sae,)."""
@@ -44,111 +54,164 @@ class Objective(NamedTuple):
     l1: Tensor
     """Mean over tokens of Σ f·‖W_dec row‖, whether it is penalised or not."""
 
-
-def standard(sae: SAE, z: Tensor, dead: Tensor, warm_up: float, hp: Hyperparameters) -> Objective:
-    """MSE + λ‖f·n‖₁."""
-    feature_acts, _ = sae.encode_normalized(z)
-    sae_out = sae.reconstruct(feature_acts)
-    l1 = losses.l1_loss(feature_acts, sae.W_dec.norm(dim=-1))
-    parts = {"mse_loss": losses.mse_loss(sae_out, z), "l1_loss": warm_up * hp.l1_coefficient * l1}
-    return _objective(parts, sae_out, feature_acts, l1)
+    smallest: Tensor | None = None
+    """BatchTopK: the smallest activation that was chosen, decoder norm included; a scalar."""
 
 
-def gated(sae: SAE, z: Tensor, dead: Tensor, warm_up: float, hp: Hyperparameters) -> Objective:
+def standard(code: Code, target: Tensor, moment: Moment) -> Objective:
+    """MSE + λ‖f·n‖₁: with n in it, shrinking f while growing the decoder wins nothing (Anthropic, April 2024)."""
+    feature_acts = (code.projection + code.of(code.sae.get_parameter("b_enc") + code.shift)).relu()
+    sae_out = _reconstruct(code, feature_acts, moment)
+    l1 = _l1(code, feature_acts)
+    parts = {"mse_loss": losses.mse_loss(sae_out, target), "l1_loss": moment.sparsity * moment.hp.l1_coefficient * l1}
+    return _objective(code, parts, sae_out, feature_acts, l1)
+
+
+def gated(code: Code, target: Tensor, moment: Moment) -> Objective:
     """MSE + λΣ relu(π)·n + ‖relu(π)W_dec + b_dec − x‖², with π the gate's pre-activation (arXiv 2404.16014).
 
     The gate is a step without gradient; the penalty and the second reconstruction, which go through π, train it.
     """
-    assert isinstance(sae, GatedSAE)
-    feature_acts, _ = sae.encode_normalized(z)
-    sae_out = sae.reconstruct(feature_acts)
-    gate = sae.gate_pre(z).relu()
-    norms = sae.W_dec.norm(dim=-1)
+    sae = code.sae
+    gate_pre = code.projection + code.of(sae.get_parameter("b_gate") + code.shift)
+    gain = sae.get_parameter("r_mag").exp()
+    magnitude = code.projection * code.of(gain) + code.of(sae.get_parameter("b_mag") + code.shift * gain)
+    feature_acts = (gate_pre > 0) * magnitude.relu()
+    gate = gate_pre.relu()
+    sae_out = _reconstruct(code, feature_acts, moment)
     parts = {
-        "mse_loss": losses.mse_loss(sae_out, z),
-        "l1_loss": warm_up * hp.l1_coefficient * losses.l1_loss(gate, norms),
-        "auxiliary_reconstruction_loss": losses.mse_loss(sae.reconstruct(gate), z),
+        "mse_loss": losses.mse_loss(sae_out, target),
+        "l1_loss": moment.sparsity * moment.hp.l1_coefficient * _l1(code, gate),
+        "auxiliary_reconstruction_loss": losses.mse_loss(_reconstruct(code, gate, moment), target),
     }
-    return _objective(parts, sae_out, feature_acts, losses.l1_loss(feature_acts, norms))
+    return _objective(code, parts, sae_out, feature_acts, _l1(code, feature_acts))
 
 
-def jumprelu(sae: SAE, z: Tensor, dead: Tensor, warm_up: float, hp: Hyperparameters) -> Objective:
-    """MSE + an L0 penalty whose gradient reaches the thresholds through a rectangle (arXiv 2407.14435)."""
-    assert isinstance(sae, JumpReLUSAE)
-    hidden_pre = sae.hidden_pre(z)
-    feature_acts = losses.jump_relu(hidden_pre, sae.threshold, hp.jumprelu_bandwidth)
-    sae_out = sae.reconstruct(feature_acts)
+def jumprelu(code: Code, target: Tensor, moment: Moment) -> Objective:
+    """MSE + an L0 penalty whose gradient reaches the thresholds through a rectangle (arXiv 2407.14435).
+
+    `step` counts active features, `quadratic` is 2/L0*·(L0 − L0*)² around a target (Gemma Scope 2), `tanh` sums
+    tanh(scale·f·n) (Anthropic, January 2025), as does the pull Σ relu(θ − p)·n on dead features.
+    """
+    sae, hp = code.sae, moment.hp
+    threshold = code.of(sae.get_parameter("threshold"))
+    hidden_pre = code.projection + code.of(sae.get_parameter("b_enc") + code.shift)
+    feature_acts, gate = losses.jump(hidden_pre, threshold, hp.jumprelu_bandwidth)
+    sae_out = _reconstruct(code, feature_acts, moment)
     norms = sae.W_dec.norm(dim=-1)
     if hp.l0_penalty == "tanh":
-        penalty = losses.tanh_count(feature_acts, norms, hp.tanh_scale)
+        penalty = code.per_feature(torch.tanh(hp.tanh_scale * feature_acts * code.of(norms))).sum() / len(target)
+    elif hp.target_l0 is None:
+        penalty = code.per_feature(gate).sum() / len(target)
     else:
-        l0 = losses.step(hidden_pre, sae.threshold, hp.jumprelu_bandwidth).sum(dim=-1)
-        penalty = l0.mean() if hp.target_l0 is None else (2 / hp.target_l0 * (l0 - hp.target_l0) ** 2).mean()
-    parts = {"mse_loss": losses.mse_loss(sae_out, z), "l0_loss": warm_up * hp.l0_coefficient * penalty}
-    if hp.pre_act_loss_coefficient is not None:
-        pull = losses.pre_act_loss(hidden_pre, sae.threshold, dead, norms)
-        parts["pre_act_loss"] = hp.pre_act_loss_coefficient * pull
-    return _objective(parts, sae_out, feature_acts, losses.l1_loss(feature_acts, norms))
+        penalty = (2 / hp.target_l0 * (code.per_token(gate) - hp.target_l0) ** 2).mean()
+    parts = {
+        "mse_loss": losses.mse_loss(sae_out, target),
+        "l0_loss": moment.sparsity * hp.l0_coefficient * penalty,
+    }
+    if hp.pre_act_loss_coefficient is not None and bool(moment.dead.any()):
+        features = moment.dead.nonzero().squeeze(1)
+        below = sae.get_parameter("threshold") - sae.get_parameter("b_enc") - code.shift
+        pull = ((below[features] - code.columns(features)).relu() * norms[features]).sum(dim=-1, dtype=torch.float32)
+        parts["pre_act_loss"] = hp.pre_act_loss_coefficient * pull.mean()
+    return _objective(code, parts, sae_out, feature_acts, _l1(code, feature_acts))
 
 
-def topk(sae: SAE, z: Tensor, dead: Tensor, warm_up: float, hp: Hyperparameters) -> Objective:
-    """MSE + AuxK (arXiv 2406.04093)."""
-    assert isinstance(sae, TopKSAE)
-    sparse = hp.topk_path == "sparse" or (hp.topk_path == "auto" and sae.cfg.d_sae > _SPARSE_PAYS * sae.cfg.k)
-    return _topk_sparse(sae, z, dead, hp) if sparse else _topk_dense(sae, z, dead, hp)
+def topk(code: Code, target: Tensor, moment: Moment) -> Objective:
+    """MSE + AuxK (arXiv 2406.04093).
+
+    Chosen by p·n, an activation p·n is divided by n when it is decoded, so n cancels out of the reconstruction and of
+    its gradient: it takes part in the choice alone.
+    """
+    feature_acts = code.chosen((code.projection + code.of(code.sae.get_parameter("b_enc") + code.shift)).relu())
+    sae_out = _reconstruct(code, feature_acts, moment)
+    parts = {"mse_loss": losses.mse_loss(sae_out, target), **_aux_k(code, target - sae_out, moment)}
+    return _objective(code, parts, sae_out, feature_acts, _l1(code, feature_acts))
 
 
-def _topk_dense(sae: TopKSAE, z: Tensor, dead: Tensor, hp: Hyperparameters) -> Objective:
-    feature_acts, hidden_pre = sae.encode_normalized(z)
-    sae_out = sae.reconstruct(feature_acts)
-    parts = {"mse_loss": losses.mse_loss(sae_out, z)}
-    n_dead = int(dead.sum())
-    if n_dead and hp.aux_loss_coefficient:
-        chosen = losses.keep_top(hidden_pre, hidden_pre.masked_fill(~dead, -torch.inf), _k_aux(sae, n_dead))
-        recons = sae.reconstruct(chosen) - sae.b_dec
-        aux = losses.aux_k((z - sae_out).detach(), recons, n_dead)
-        parts["auxiliary_reconstruction_loss"] = hp.aux_loss_coefficient * aux
-    norms = 1.0 if sae.cfg.rescale_acts_by_decoder_norm else sae.W_dec.norm(dim=-1)
-    return _objective(parts, sae_out, feature_acts, (feature_acts * norms).sum(dim=-1).mean())
+def batchtopk(code: Code, target: Tensor, moment: Moment) -> Objective:
+    """MSE + AuxK, the k largest a token taken from the whole batch (arXiv 2412.06410)."""
+    outcome = topk(code, target, moment)
+    return outcome._replace(smallest=_smallest(code))
 
 
-def _topk_sparse(sae: TopKSAE, z: Tensor, dead: Tensor, hp: Hyperparameters) -> Objective:
-    out = sparse_forward(sae, z)
-    parts = {"mse_loss": losses.mse_loss(out.sae_out, z)}
-    n_dead = int(dead.sum())
-    if n_dead and hp.aux_loss_coefficient:
-        # Only the dead features' columns take part, and they do so densely: each gets a gradient for its encoder.
-        features = dead.nonzero().squeeze(1)
-        W_dec = sae.W_dec[features]
-        hidden_pre = torch.addmm(sae.b_enc[features], sae.centre(z), sae.W_enc.T[features].T)
-        scores = hidden_pre * W_dec.detach().norm(dim=-1) if sae.cfg.rescale_acts_by_decoder_norm else hidden_pre
-        recons = losses.keep_top(hidden_pre, scores, _k_aux(sae, n_dead)) @ W_dec
-        aux = losses.aux_k((z - out.sae_out).detach(), recons, n_dead)
-        parts["auxiliary_reconstruction_loss"] = hp.aux_loss_coefficient * aux
-    with torch.no_grad():
-        active = out.indices[out.values > 0]
-        n_fired = torch.bincount(active, minlength=sae.cfg.d_sae)
-        norms = sae.W_dec.norm(dim=-1)
-        l1 = (out.values * norms[out.indices]).sum(dim=-1).mean()
-    return Objective(_total(parts), parts, out.sae_out, n_fired, l1)
+def matryoshka_batchtopk(code: Code, target: Tensor, moment: Moment) -> Objective:
+    """BatchTopK + the MSE of each smaller dictionary (arXiv 2503.17547)."""
+    cfg = code.sae.cfg
+    assert isinstance(cfg, MatryoshkaBatchTopKConfig)
+    feature_acts = code.chosen((code.projection + code.of(code.sae.get_parameter("b_enc") + code.shift)).relu())
+    nested = code.decode_nested(feature_acts, cfg.widths) + code.sae.b_dec  # (n_tokens, n_widths, d_in)
+    sae_out = nested[:, -1]
+    parts = {"mse_loss": losses.mse_loss(sae_out, target), **_aux_k(code, target - sae_out, moment)}
+    for place, width in enumerate(cfg.widths[:-1]):
+        parts[f"inner_mse_loss_{width}"] = losses.mse_loss(nested[:, place], target)
+    return _objective(code, parts, sae_out, feature_acts, _l1(code, feature_acts), _smallest(code))
 
 
-def _k_aux(sae: TopKSAE, n_dead: int) -> int:
-    return min(n_dead, max(1, sae.cfg.d_in // 2))
+def _reconstruct(code: Code, feature_acts: Tensor, moment: Moment) -> Tensor:
+    sae_out = code.decode(feature_acts) + code.sae.b_dec
+    return sae_out if moment.skip is None else sae_out + moment.skip
 
 
-def _objective(parts: dict[str, Tensor], sae_out: Tensor, feature_acts: Tensor, l1: Tensor) -> Objective:
-    return Objective(_total(parts), parts, sae_out, (feature_acts > 0).sum(dim=0), l1)
+def _l1(code: Code, feature_acts: Tensor) -> Tensor:
+    """Mean over tokens of Σ f·n, summed by feature first: the norms then meet d_sae numbers and not all of them."""
+    return (code.per_feature(feature_acts) * code.sae.W_dec.norm(dim=-1)).sum() / len(code.x)
 
 
-def _total(parts: dict[str, Tensor]) -> Tensor:
-    return torch.stack(list(parts.values())).sum()
+def _aux_k(code: Code, residual: Tensor, moment: Moment) -> dict[str, Tensor]:
+    """AuxK: dead features, without b_dec and without a ReLU, learn to reconstruct what the living ones left.
+
+    Only their columns take part, and they do so densely: each of them gets a gradient for its encoder.
+    """
+    coefficient = moment.hp.aux_loss_coefficient
+    n_dead = int(moment.dead.sum())
+    if not n_dead or not coefficient:
+        return {}
+    sae = code.sae
+    features = moment.dead.nonzero().squeeze(1)
+    hidden_pre = code.columns(features) + (sae.get_parameter("b_enc") + code.shift)[features]
+    scores = hidden_pre.detach() * sae.W_dec.detach()[features].norm(dim=-1) if _rescales(sae) else hidden_pre.detach()
+    d = residual.shape[-1]
+    recons = code.decode_columns(losses.keep_top(hidden_pre, scores, min(n_dead, max(1, d // 2))), features)
+    loss = losses.mse_loss(recons.float(), residual.detach())
+    return {"auxiliary_reconstruction_loss": coefficient * losses.aux_k_scale(n_dead, d) * loss}
 
 
-OBJECTIVES: dict[str, Callable[[SAE, Tensor, Tensor, float, Hyperparameters], Objective]] = {
+def _rescales(sae: SAE) -> bool:
+    return getattr(sae.cfg, "rescale_acts_by_decoder_norm", True)
+
+
+@torch.no_grad()
+def _smallest(code: Code) -> Tensor:
+    scores = code.chosen((code.projection + code.of(code.sae.get_parameter("b_enc") + code.shift)).relu()).float()
+    scores = scores * code.of(code.sae.W_dec.norm(dim=-1))
+    return scores.masked_fill(scores <= 0, torch.inf).amin() if scores.numel() else scores.new_tensor(torch.inf)
+
+
+def _objective(
+    code: Code,
+    parts: dict[str, Tensor],
+    sae_out: Tensor,
+    feature_acts: Tensor,
+    l1: Tensor,
+    smallest: Tensor | None = None,
+) -> Objective:
+    loss = torch.stack(list(parts.values())).sum()
+    return Objective(loss, parts, sae_out, code.n_fired(feature_acts.detach()), l1, smallest)
+
+
+OBJECTIVES: dict[str, Callable[[Code, Tensor, Moment], Objective]] = {
     "standard": standard,
     "gated": gated,
     "jumprelu": jumprelu,
     "topk": topk,
+    "batchtopk": batchtopk,
+    "matryoshka_batchtopk": matryoshka_batchtopk,
+    "transcoder": standard,
+    "skip_transcoder": standard,
+    "jumprelu_transcoder": jumprelu,
+    "jumprelu_skip_transcoder": jumprelu,
+    "topk_transcoder": topk,
+    "topk_skip_transcoder": topk,
 }
-"""By architecture: (sae, z, dead features, sparsity warm-up 0 to 1, settings) → Objective."""
+"""By architecture: (code, target, moment) → Objective."""

@@ -103,6 +103,11 @@ def test_a_request_carries_all_that_differs_from_the_default(operation: Operatio
     assert wire.parse_operation(type(operation), {**request.query, **(request.body or {}), **in_path}) == operation
 
 
+def test_what_was_given_travels_even_if_it_is_the_default() -> None:
+    given = TrainSAE(model="m", dataset="d", hook_name="h", seed=0)
+    assert (wire.request_of(given).body or {}).keys() == {"model", "dataset", "hook_name", "seed"}
+
+
 def test_the_files_made_from_the_catalogue_are_current() -> None:
     folder = Path(generate.__file__).parent
     fix = "run `python -m mistudio_engine.api.generate`"

@@ -136,7 +136,7 @@ def over_mcp(served: Served, loop: Loop, mode: Any = "auto") -> Iterator[Door]:
 
 def as_tool(operation: Operation[Any]) -> tuple[str, dict[str, Any]]:
     """The tool call that an agent would make for an operation."""
-    arguments = operation.model_dump(mode="json", exclude_defaults=True)
+    arguments = operation.model_dump(mode="json", exclude_unset=True)
     match operation:
         case Describe():
             return "describe", {"ref": f"{operation.kind}/{operation.slug}"}

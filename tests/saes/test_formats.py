@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from sae_data import ALL, activations, random_sae
+from sae_data import ALL, IN_SAELENS, TRANSCODERS, activations, random_sae
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from mistudio_engine.api.errors import BadInput, CorruptFile, NotFound, Unsupported, WrongShape
 from mistudio_engine.saes import FORMATS, SAE, detect_format, load_sae, read_sparsity, save_sae
+from mistudio_engine.saes.saelens import is_in_saelens
 
 COMMON_KEYS = {
     "architecture",
@@ -45,13 +46,13 @@ def v6(sae: SAE, **more: Any) -> dict[str, Any]:
     return cfg | {"metadata": {"sae_lens_version": "6.1.0"}} | more
 
 
-@pytest.mark.parametrize("architecture", ALL)
+@pytest.mark.parametrize("architecture", IN_SAELENS)
 def test_a_saelens_folder_has_all_common_keys_and_exactly_its_tensors(tmp_path: Path, architecture: str) -> None:
     sae = random_sae(architecture, model_name="gpt2-small", hook_name="blocks.6.hook_resid_pre", prepend_bos=True)
     folder = save_sae(sae, tmp_path / "sae", provenance={"training": {"seed": 3}})
     cfg = json.loads((folder / "cfg.json").read_text())
     own = {"topk": {"k", "rescale_acts_by_decoder_norm"}}.get(architecture, set())
-    assert set(cfg) == COMMON_KEYS | own | ({"d_out"} if "transcoder" in architecture else set())
+    assert set(cfg) == COMMON_KEYS | own | ({"d_out"} if architecture in TRANSCODERS else set())
     assert cfg["device"] == "cpu"
     assert cfg["dtype"] == "float32"
     assert int(cfg["metadata"]["sae_lens_version"].split(".")[0]) >= 6
@@ -61,6 +62,32 @@ def test_a_saelens_folder_has_all_common_keys_and_exactly_its_tensors(tmp_path: 
     with safe_open(folder / "sae_weights.safetensors", "pt") as file:
         assert set(file.keys()) == set(sae.cfg.tensor_shapes())
     assert load_sae(folder).cfg.metadata == {"mistudio": {"training": {"seed": 3}}}
+
+
+@pytest.mark.parametrize("architecture", [name for name in ALL if name not in IN_SAELENS])
+def test_what_saelens_has_no_architecture_for_is_refused_in_its_format_and_leaves_nothing(
+    tmp_path: Path, architecture: str
+) -> None:
+    with pytest.raises(Unsupported, match=f"no architecture '{architecture}'.*native"):
+        save_sae(random_sae(architecture), tmp_path / "sae")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("architecture", ALL)
+def test_whatever_can_be_run_survives_in_our_own_format(tmp_path: Path, architecture: str) -> None:
+    sae = random_sae(architecture, model_name="m", metadata={"mistudio": {"training": {"seed": 1}}})
+    folder = save_sae(sae, tmp_path / "sae", format="native", sparsity=torch.linspace(0, 1, 40))
+    again = load_sae(folder)
+    assert detect_format(folder) == "native"
+    assert again.cfg == sae.cfg
+    assert type(again) is type(sae)
+    assert tensors_of(again).keys() == tensors_of(sae).keys()
+    assert all(torch.equal(tensors_of(sae)[name], tensor) for name, tensor in again.named_parameters())
+    assert torch.equal(again(activations(sae)), sae(activations(sae)))
+
+
+def test_every_architecture_that_saelens_has_is_written_for_it() -> None:
+    assert [name for name in ALL if is_in_saelens(name)] == IN_SAELENS
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -153,6 +180,16 @@ def test_log_thresholds_become_thresholds(tmp_path: Path) -> None:
     tensors = tensors_of(sae)
     tensors["log_threshold"] = tensors.pop("threshold").log()
     read = load_sae(folder_of(tmp_path / "log", v6(sae, apply_b_dec_to_input=True), tensors))
+    torch.testing.assert_close(read.get_parameter("threshold"), sae.get_parameter("threshold"))
+
+
+@pytest.mark.parametrize("architecture", ["jumprelu_transcoder", "jumprelu_skip_transcoder"])
+def test_a_jumprelu_transcoders_log_thresholds_become_thresholds_too(tmp_path: Path, architecture: str) -> None:
+    sae = random_sae(architecture)
+    tensors = tensors_of(sae)
+    tensors["log_threshold"] = tensors.pop("threshold").log()
+    cfg = v6(sae, d_out=15, apply_b_dec_to_input=False)
+    read = load_sae(folder_of(tmp_path / "log", cfg, tensors))
     torch.testing.assert_close(read.get_parameter("threshold"), sae.get_parameter("threshold"))
 
 

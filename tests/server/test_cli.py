@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from mistudio_engine.server.cli import cli, main
 from mistudio_engine.server.cli_operations import command_of
 from tests.behaviour.doors import Served
 
-FIXED = ("serve", "demo", "mcp", "engine", "doctor")
+FIXED = ("serve", "demo", "mcp", "engine", "doctor", "reproduce")
 HELP_CPU_SECONDS = 0.5
 
 Shell = subprocess.CompletedProcess[str]
@@ -68,7 +69,10 @@ def test_help_lists_everything_at_once_and_loads_nothing_heavy() -> None:
     seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
     words = said.stdout.split()
     assert words[-1] == "[]", "these were loaded"
-    assert {*FIXED, *(name.replace("_", "-") for name in OPERATIONS)} <= set(words)
+    listed = {*FIXED, *(name.replace("_", "-") for name in OPERATIONS)}
+    assert listed <= set(words)
+    names = re.findall(r"^  ([a-z]\S*)", said.stdout, re.MULTILINE)
+    assert [name for name in listed if names.count(name) != 1] == [], "each stands there once"
     assert seconds < HELP_CPU_SECONDS
 
 
@@ -104,6 +108,8 @@ def test_a_plan_is_shown_and_nothing_is_started(here: Command, bare: Served) -> 
     [
         (["show-sae", "--sae", "nobody"], 1, "There is no sae 'nobody'"),
         (["list-models", "--limit", "0"], 1, "limit"),
+        (["reproduce", "training/nobody"], 1, "training/nobody is not here"),
+        (["reproduce", "dataset/corpus"], 1, "cannot be made again"),
         (["show-sae", "--sae", "../etc"], 1, "is not a"),
         (["show-sae"], 2, "--sae"),
         (["list-models", "--colour", "red"], 2, "--colour"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ import websockets.asyncio.client as sockets
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mistudio_engine.api.operations import OPERATIONS
+from mistudio_engine.api.operations import OPERATIONS, Status
+from mistudio_engine.handlers import REGISTRY
+from mistudio_engine.runtime.engine import Engine
 from mistudio_engine.server.http import openapi
 from tests.behaviour.doors import Loop, Served
 
@@ -155,6 +158,22 @@ def test_the_event_stream_replays_what_was_missed(bare: Served, loop: Loop) -> N
     assert [event["seq"] for event in events] == sorted({event["seq"] for event in events})
 
 
+def test_the_hello_says_where_the_log_is(bare: Served, loop: Loop) -> None:
+    bare.engine.bus.publish("jobs/story", "metrics", {"n": 0})
+
+    async def hello(**asked: Any) -> dict[str, Any]:
+        async with sockets.connect(
+            "ws" + bare.url[4:] + "/api/v1/ws", proxy=None, additional_headers=bare.headers
+        ) as ws:
+            await ws.send(json.dumps({"subscribe": ["jobs/nobody"], **asked}))
+            return json.loads(await ws.recv())
+
+    before = bare.engine.bus.seq
+    assert before > 0
+    assert before <= loop.run(hello())["seq"] <= bare.engine.bus.seq
+    assert loop.run(hello(after=0))["seq"] == 0
+
+
 def test_a_wrong_subscription_is_told_so(bare: Served, loop: Loop) -> None:
     async def attempt() -> dict[str, Any]:
         url = "ws" + bare.url[4:] + "/api/v1/ws"
@@ -165,6 +184,14 @@ def test_a_wrong_subscription_is_told_so(bare: Served, loop: Loop) -> None:
     answer = loop.run(attempt())
     assert answer["event"] == "error"
     assert answer["data"]["error"]["code"] == "bad_input"
+
+
+def test_while_it_starts_the_status_says_to_ask_again(tmp_path: Path) -> None:
+    engine = Engine(tmp_path, REGISTRY)
+    status = engine.call(Status())
+    assert status.state == "starting"
+    assert status.next_call is not None and (status.next_call.tool, status.next_call.arguments) == ("status", {})
+    engine.stop()
 
 
 def test_events_can_be_polled_without_a_socket(bare: Served) -> None:

@@ -8,14 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from training_data import D_SAE, Synthetic, config, run, settings, sparse_activations
+from training_data import D_SAE, Synthetic, alone, config, run, settings, sparse_activations
 
 from mistudio_engine.api.errors import BadInput, Cancelled, JobFailed, WrongShape
 from mistudio_engine.api.events import Progress, Signal
-from mistudio_engine.api.training_config import TRAINABLE
 from mistudio_engine.saes import load_sae, save_sae
 from mistudio_engine.training import metrics
-from mistudio_engine.training.loop import train
 from mistudio_engine.training.trainer import Trainer
 
 LONG = {"n_tokens": 64 * 400, "batch_size": 64, "lr": 5e-3, "buffer_tokens": 1024}
@@ -27,13 +25,13 @@ SPARSITY: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("architecture", TRAINABLE)
+@pytest.mark.parametrize("architecture", TRAINED)
 def test_training_explains_most_of_the_variance_and_the_finished_sae_works_on_raw_activations(
     tmp_path: Path, architecture: str
 ) -> None:
     x = sparse_activations(1024) * 37  # far from norm √d
     trainer = Trainer(config(architecture), settings(**LONG, **SPARSITY[architecture]))
-    progress, sae = run(train(trainer, Synthetic(x, 64)))
+    progress, sae = run(alone(trainer, Synthetic(x, 64)))
     last = [step.metrics for step in progress if step.metrics][-1]
     assert last["fvu"] < 0.35
     feature_acts = sae.encode(x)
@@ -46,13 +44,13 @@ def test_training_explains_most_of_the_variance_and_the_finished_sae_works_on_ra
     assert (sae.cfg.model_name, sae.cfg.hook_name) == ("synthetic", "blocks.1.hook_resid_post")
     training = sae.cfg.metadata["mistudio"]["training"]
     assert training["n_tokens"] == 64 * 400
-    assert training["input_scale"] == trainer.input_scale
+    assert training["input_scale"] == trainer.scaling.scale
     again = load_sae(save_sae(sae, tmp_path / "sae", sparsity=trainer.density))
     assert again.cfg == sae.cfg
     assert torch.equal(again(x), sae(x))
 
 
-@pytest.mark.parametrize("architecture", TRAINABLE)
+@pytest.mark.parametrize("architecture", TRAINED)
 def test_the_finished_sae_is_the_trained_one_in_raw_units(architecture: str) -> None:
     x = sparse_activations(256) * 5
     trainer = Trainer(config(architecture), settings(**SPARSITY[architecture]))
@@ -60,7 +58,7 @@ def test_the_finished_sae_is_the_trained_one_in_raw_units(architecture: str) -> 
     for i in range(8):
         trainer.step(x[i * 32 : i * 32 + 32])
     finished = trainer.finished_sae()
-    inside = trainer.sae(x * trainer.input_scale) / trainer.input_scale
+    inside = trainer.sae(x * trainer.scaling.scale) / trainer.scaling.scale
     torch.testing.assert_close(finished(x), inside.detach(), rtol=1e-4, atol=1e-4)
 
 
@@ -68,20 +66,20 @@ def test_inputs_are_scaled_to_mean_norm_root_d_and_b_dec_starts_at_their_mean() 
     x = sparse_activations(512) * 9
     trainer = Trainer(config("standard"), settings())
     trainer.prepare(x)
-    scaled = x * trainer.input_scale
+    scaled = x * trainer.scaling.scale
     assert float(scaled.norm(dim=-1).mean()) == pytest.approx(math.sqrt(16), rel=1e-5)
     torch.testing.assert_close(trainer.sae.b_dec.detach(), scaled.mean(0))
     plain = Trainer(config("standard"), settings(scale_inputs=False))
     plain.prepare(x)
-    assert plain.input_scale == 1.0
+    assert plain.scaling.scale == 1.0
 
 
 def test_a_run_time_norm_is_trained_in_and_kept() -> None:
     x = sparse_activations(1024) * 4
     trainer = Trainer(config("topk", normalize_activations="layer_norm"), settings(**LONG))
-    _, sae = run(train(trainer, Synthetic(x, 64)))
+    _, sae = run(alone(trainer, Synthetic(x, 64)))
     assert sae.cfg.normalize_activations == "layer_norm"
-    assert trainer.input_scale == 1.0
+    assert trainer.scaling.scale == 1.0
     assert float(metrics.mse(x, sae(x)) / x.var(0).sum()) < 0.5
 
 
@@ -94,7 +92,7 @@ def test_the_finished_sae_has_the_type_that_was_asked_for() -> None:
 
 def test_the_same_seed_gives_the_same_sae_and_another_seed_another() -> None:
     def trained(seed: int) -> torch.Tensor:
-        return run(train(Trainer(config("topk"), settings(), seed), Synthetic(sparse_activations(256), 32)))[1].W_dec
+        return run(alone(Trainer(config("topk"), settings(), seed), Synthetic(sparse_activations(256), 32)))[1].W_dec
 
     assert torch.equal(trained(3), trained(3))
     assert not torch.equal(trained(3), trained(4))
@@ -168,7 +166,7 @@ def test_activations_that_cannot_be_trained_on_are_refused_at_the_start() -> Non
 
 def test_progress_has_every_metric_and_ends_at_one() -> None:
     trainer = Trainer(config("topk"), settings(log_interval=7))
-    progress, _ = run(train(trainer, Synthetic(sparse_activations(256), 32)))
+    progress, _ = run(alone(trainer, Synthetic(sparse_activations(256), 32)))
     logged = [step.metrics for step in progress if step.metrics]
     assert [metrics["n_tokens"] for metrics in logged] == [7 * 32, 14 * 32, 20 * 32]
     names = {"loss", "mse", "l0", "l1", "fvu", "dead_fraction", "grad_norm", "lr", "tokens_per_second", "n_tokens"}
@@ -180,7 +178,7 @@ def test_progress_has_every_metric_and_ends_at_one() -> None:
 
 def test_stop_keeps_a_usable_sae() -> None:
     trainer = Trainer(config("topk"), settings(log_interval=1))
-    job = train(trainer, Synthetic(sparse_activations(256), 32))
+    job = alone(trainer, Synthetic(sparse_activations(256), 32))
     next(job)
     with pytest.raises(StopIteration) as end:
         job.send(Signal.STOP)
@@ -208,7 +206,7 @@ def test_checkpoints_are_written_when_told_and_at_intervals() -> None:
         written.append(trainer.n_steps_done)
 
     trainer = Trainer(config("topk"), settings(log_interval=1, checkpoint_interval=5 * 32))
-    job = train(trainer, Synthetic(sparse_activations(256), 32), checkpoint=checkpoint)
+    job = alone(trainer, Synthetic(sparse_activations(256), 32), checkpoint=checkpoint)
     next(job)
     told: Progress = job.send(Signal.CHECKPOINT)
     assert told.checkpointed

@@ -13,11 +13,13 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from mistudio_engine.api.events import Progress, Signal
-from mistudio_engine.api.sae_config import SAEConfig, parse_sae_config
+from mistudio_engine.api.sae_config import SAEConfig, activation_of, parse_sae_config
 from mistudio_engine.api.training_config import Hyperparameters
 from mistudio_engine.models.language_model import LanguageModel
 from mistudio_engine.models.tokens import PackedTokens, TokensInfo
 from mistudio_engine.saes import SAE
+from mistudio_engine.training import Member, Trainer, train
+from mistudio_engine.training.loop import Stream
 
 D_IN, D_SAE, D_VOCAB = 16, 48, 40
 BOS, EOS, PAD = 0, 1, 2
@@ -68,29 +70,37 @@ def sparse_activations(n: int, d_in: int = D_IN, seed: int = 0) -> Tensor:
 
 
 class Synthetic:
-    """A stream over fixed activations, in order, again and again."""
+    """A stream over fixed activations, in order, again and again; of one hook, or of several by name."""
 
-    def __init__(self, buffer: Tensor, batch_size: int) -> None:
-        self.buffer, self.batch_size, self.at = buffer, batch_size, 0
+    def __init__(self, buffer: Tensor | dict[str, Tensor], batch_size: int) -> None:
+        self.buffer = buffer if isinstance(buffer, dict) else {HOOK: buffer}
+        self.batch_size, self.at = batch_size, 0
 
-    def batches(self) -> Iterator[Tensor | None]:
+    def batches(self) -> Iterator[dict[str, Tensor] | None]:
         yield None
         while True:
-            start = self.at * self.batch_size % (len(self.buffer) - self.batch_size + 1)
+            n = len(next(iter(self.buffer.values())))
+            start = self.at * self.batch_size % (n - self.batch_size + 1)
             self.at += 1
-            yield self.buffer[start : start + self.batch_size]
+            yield {name: rows[start : start + self.batch_size] for name, rows in self.buffer.items()}
 
     def state(self) -> dict[str, Any]:
         return {"at": self.at}
 
-    def describe(self) -> dict[str, Any]:
-        return {"model_name": "synthetic", "hook_name": HOOK}
+    def describe(self, hook_name: str) -> dict[str, Any]:
+        return {"model_name": "synthetic", "hook_name": hook_name}
 
 
 def config(architecture: str, d_in: int = D_IN, d_sae: int = D_SAE, **more: Any) -> SAEConfig:
     """A config of this architecture."""
     values: dict[str, Any] = {"architecture": architecture, "d_in": d_in, "d_sae": d_sae}
-    return parse_sae_config(values | ({"k": 4} if architecture == "topk" else {}) | more)
+    if activation_of(architecture) in ("topk", "batchtopk"):
+        values["k"] = 4
+    if architecture == "matryoshka_batchtopk":
+        values["widths"] = [d_sae // 4, d_sae // 2, d_sae]
+    if "transcoder" in architecture:
+        values |= {"d_out": d_in, "apply_b_dec_to_input": False}
+    return parse_sae_config(values | more)
 
 
 def settings(**more: Any) -> Hyperparameters:
@@ -98,11 +108,22 @@ def settings(**more: Any) -> Hyperparameters:
     return Hyperparameters(**({"n_tokens": 640, "batch_size": 32, "lr": 1e-3, "buffer_tokens": 160} | more))
 
 
-def run(job: Generator[Progress, Signal | None, SAE]) -> tuple[list[Progress], SAE]:
-    """All that a job yields, and what it returns."""
+def run(job: Generator[Progress, Signal | None, dict[str, SAE]]) -> tuple[list[Progress], SAE]:
+    """All that a job yields, and the only SAE that it returns."""
     seen = []
     while True:
         try:
             seen.append(next(job))
         except StopIteration as end:
-            return seen, end.value
+            (sae,) = end.value.values()
+            return seen, sae
+
+
+def member(trainer: Trainer, name: str = "sae", hook_name: str = HOOK, hook_name_out: str | None = None) -> Member:
+    """A trainer as one SAE of a training."""
+    return Member(name, trainer, hook_name, hook_name_out)
+
+
+def alone(trainer: Trainer, stream: Stream, **more: Any) -> Generator[Progress, Signal | None, dict[str, SAE]]:
+    """A training of one SAE."""
+    return train([member(trainer)], stream, **more)

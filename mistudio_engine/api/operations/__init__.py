@@ -8,9 +8,11 @@ from mistudio_engine.api.operations import (
     jobs,
     labels,
     models,
+    reproduce,
     saes,
     steering,
     system,
+    templates,
     training,
 )
 from mistudio_engine.api.operations.base import OPERATIONS, JobOperation, Operation, Route
@@ -21,16 +23,32 @@ from mistudio_engine.api.operations.features import *
 from mistudio_engine.api.operations.jobs import *
 from mistudio_engine.api.operations.labels import *
 from mistudio_engine.api.operations.models import *
+from mistudio_engine.api.operations.reproduce import *
 from mistudio_engine.api.operations.saes import *
 from mistudio_engine.api.operations.steering import *
 from mistudio_engine.api.operations.system import *
+from mistudio_engine.api.operations.templates import *
 from mistudio_engine.api.operations.training import *
 
 __all__ = sorted(
     {"OPERATIONS", "JobOperation", "Operation", "Route"}
     | {
         name
-        for module in (datasets, exports, extractions, features, jobs, labels, models, saes, steering, system, training)
+        for module in (
+            datasets,
+            exports,
+            extractions,
+            features,
+            jobs,
+            labels,
+            models,
+            reproduce,
+            saes,
+            steering,
+            system,
+            templates,
+            training,
+        )
         for name in module.__all__
     }
 )

@@ -9,7 +9,7 @@ from pydantic import Field
 from mistudio_engine.api.operations.base import JobOperation, Operation
 from mistudio_engine.api.operations.datasets import Limit
 from mistudio_engine.api.records import ExtractionRecord, Page
-from mistudio_engine.api.refs import SAERef
+from mistudio_engine.api.refs import SAERef, TemplateRef
 
 __all__ = ["Extract", "ListExtractions", "ShowExtraction"]
 
@@ -39,6 +39,9 @@ class Extract(JobOperation[ExtractionRecord], route="POST /features/extraction")
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """For the choice of contexts and the quantile and random examples."""
+
+    template: TemplateRef | None = None
+    """Template whose arguments count where none is given here."""
 
 
 class ListExtractions(Operation[Page[ExtractionRecord]], route="GET /extractions"):

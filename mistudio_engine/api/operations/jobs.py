@@ -46,7 +46,7 @@ class ShowJob(Operation[Job], route="GET /jobs/{job}"):
     wait_s: WaitSeconds = 0.0
 
 
-class ControlJob(Operation[Job], route="POST /jobs/{job}/control", idempotent=True):
+class ControlJob(Operation[Job], route="POST /jobs/{job}/control", effect="destroy"):
     """Cancel, pause, resume, stop (keep what is usable) or retry a job."""
 
     job: JobRef

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 from mistudio_engine.api.features import LabellingReport
 from mistudio_engine.api.operations.base import JobOperation, Operation
 from mistudio_engine.api.records import LabelRecord, Page
-from mistudio_engine.api.refs import FeatureRef, SAERef
+from mistudio_engine.api.refs import FeatureRef, SAERef, TemplateRef
 
 __all__ = ["LabelFeatures", "LabelHistory", "SetLabel"]
 
@@ -26,6 +26,8 @@ class LabelFeatures(JobOperation[LabellingReport], route="POST /features/labelin
     """Indices; all living features by default."""
 
     provider: Literal["token_pattern"] = "token_pattern"
+    template: TemplateRef | None = None
+    """Template whose arguments count where none is given here."""
 
 
 class SetLabel(Operation[LabelRecord], route="PATCH /features/{feature}", idempotent=True):

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from mistudio_engine.api.operations.base import JobOperation, WaitSeconds
-from mistudio_engine.api.refs import FeatureRef, ModelRef
+from mistudio_engine.api.refs import FeatureRef, ModelRef, TemplateRef
 from mistudio_engine.api.steering import Generated, Intervention, SteerResult, SweepResult
 
 __all__ = ["Generate", "Steer", "Sweep"]
@@ -69,6 +69,9 @@ class Steer(JobOperation[SteerResult], route="POST /steering/compare", also=("PO
     n: Annotated[int, Field(ge=1, le=32)] = 1
     """Samples of each."""
 
+    template: TemplateRef | None = None
+    """Template whose arguments count where none is given here."""
+
     wait_s: WaitSeconds = 20.0
 
 
@@ -85,4 +88,7 @@ class Sweep(JobOperation[SweepResult], route="POST /steering/sweep"):
     max_new_tokens: NewTokens = 32
     temperature: Temperature = 0.5
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 16
+    template: TemplateRef | None = None
+    """Template whose arguments count where none is given here."""
+
     wait_s: WaitSeconds = 20.0

@@ -25,6 +25,8 @@ __all__ = [
     "SystemStatus",
 ]
 
+Kind = Literal["model", "dataset", "tokens", "training", "sae", "extraction", "experiment", "export", "template", "job"]
+
 
 class Resident(Data):
     """Something that lies in memory."""
@@ -122,12 +124,13 @@ class ShowSystemHistory(Operation[MetricsHistory], route="GET /system/history"):
 
 
 class Find(Operation[Page[Found]], route="GET /find"):
-    """List what is here: models, datasets, tokenisations, SAEs, extractions, trainings, experiments, exports, jobs.
+    """List what is here: models, datasets, tokenisations, SAEs, extractions, trainings, experiments, exports, jobs,
+    templates.
 
     Read one with describe.
     """
 
-    kind: Literal["model", "dataset", "tokens", "training", "sae", "extraction", "experiment", "export", "job"]
+    kind: Kind
     query: str | None = None
     """Part of a name or of its source."""
 
@@ -138,5 +141,5 @@ class Find(Operation[Page[Found]], route="GET /find"):
 class Describe(Operation[Description], route="GET /describe/{kind}/{slug}"):
     """One thing whole: its configuration, what it came from, how healthy it is, and what can be done next."""
 
-    kind: Literal["model", "dataset", "tokens", "training", "sae", "extraction", "experiment", "export", "job"]
+    kind: Kind
     slug: str
