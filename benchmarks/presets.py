@@ -2,8 +2,8 @@
 
     python benchmarks/presets.py --model FOLDER --text FILE [FILE ...] [--d-sae N] [--n-tokens N] [--l1 1,2,4]
 
-Prints L0, FVU and the share of dead features on held-out text for each; with --l1, for these coefficients instead, which
-is how the presets' own were found. The middle layer's residual stream is read.
+Prints L0, FVU and the share of dead features on held-out text for each; with --l1, for these coefficients, as a share
+of the input's width, instead: that is how the presets' own were found. The middle layer's residual stream is read.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from mistudio_engine.api.presets import PRESETS
+from mistudio_engine.api.presets import L1_PER_WIDTH, PRESETS
 from mistudio_engine.api.sae_config import activation_of, parse_sae_config
 from mistudio_engine.api.training_config import Hyperparameters
 from mistudio_engine.models.language_model import LanguageModel
 from mistudio_engine.models.tokens import PackedTokens, load_tokens, pack
-from mistudio_engine.saes import SAE
 from mistudio_engine.training import ActivationStream, LiveActivations, Member, Trainer, evaluate, train
 
 ARCHITECTURES = ("topk", "batchtopk", "matryoshka_batchtopk", "jumprelu", "standard", "gated")
 HELD_OUT = 128
+BATCH = 1024
 
 
 def main() -> None:
@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--text", required=True, nargs="+")
     parser.add_argument("--d-sae", type=int)
     parser.add_argument("--n-tokens", type=int, default=1_000_000)
+    parser.add_argument("--only", default=",".join(ARCHITECTURES))
     parser.add_argument("--l1", help="coefficients for standard and gated, instead of the presets")
     arguments = parser.parse_args()
     lm = LanguageModel.load(Path(arguments.model))
@@ -43,37 +44,43 @@ def main() -> None:
     hook = f"blocks.{lm.n_layers // 2}.hook_resid_post"
     n_train = len(tokens) - HELD_OUT
     stream = ActivationStream(
-        LiveActivations(lm, tokens, [hook], n_train), [hook], batch_size=2048, buffer_tokens=65_536, seed=0
+        LiveActivations(lm, tokens, [hook], n_train), [hook], batch_size=BATCH, buffer_tokens=65_536, seed=0
     )
     d_in = stream.widths[hook]
     d_sae = arguments.d_sae or 8 * d_in
     members = [
         Member(name, Trainer(*settings(architecture, words, d_in, d_sae, arguments.n_tokens)), hook)
         for name, architecture, words in wanted(arguments.l1)
+        if architecture in arguments.only.split(",")
     ]
     started = time.monotonic()
     saes = finished(train(members, stream))
     print(f"{lm.name} {hook}, {d_in} → {d_sae}, {arguments.n_tokens:,} tokens, {time.monotonic() - started:.0f} s")
     for name, sae in saes.items():
         found = finished(evaluate(lm, sae, tokens, hook_name=hook, contexts=slice(n_train, len(tokens))))
-        print(
-            f"{name:34} L0 {found.l0:6.1f}  FVU {found.fvu:.3f}  CE {found.ce_loss_score:.3f}  dead {found.dead_fraction:.1%}"
-        )
+        quality = f"FVU {found.fvu:.3f}  CE {found.ce_loss_score:.3f}  dead {found.dead_fraction:.1%}"
+        print(f"{name:34} L0 {found.l0:6.1f}  {quality}")
 
 
 def wanted(l1: str | None) -> list[tuple[str, str, dict[str, Any]]]:
     """Name, architecture and settings of each."""
     if l1:
         return [
-            (f"{architecture} l1 {each}", architecture, {"l1_coefficient": float(each)})
+            (f"{architecture} l1 {each} d", architecture, {"per_width": float(each)})
             for architecture in ("standard", "gated")
             for each in l1.split(",")
         ]
     return [
-        (f"{architecture} {preset}", architecture, dict(words))
+        (f"{architecture} {preset}", architecture, {**words, **per_width(architecture, preset)})
         for architecture in ARCHITECTURES
         for preset, words in PRESETS[activation_of(architecture)].items()
     ]
+
+
+def per_width(architecture: str, preset: Any) -> dict[str, float]:
+    """The L1 penalty's weight as a share of the width, where there is one."""
+    found = L1_PER_WIDTH.get(activation_of(architecture))
+    return {"per_width": found[preset]} if found else {}
 
 
 def settings(architecture: str, words: dict[str, Any], d_in: int, d_sae: int, n_tokens: int) -> tuple[Any, Any]:
@@ -81,9 +88,11 @@ def settings(architecture: str, words: dict[str, Any], d_in: int, d_sae: int, n_
     cfg: dict[str, Any] = {"architecture": architecture, "d_in": d_in, "d_sae": d_sae}
     if "k" in words:
         cfg["k"] = words.pop("k")
+    if "per_width" in words:
+        words["l1_coefficient"] = words.pop("per_width") * d_in
     if architecture == "matryoshka_batchtopk":
         cfg["widths"] = [d_sae // 16, d_sae // 4, d_sae]
-    return parse_sae_config(cfg), Hyperparameters(n_tokens=n_tokens, batch_size=2048, log_interval=1000, **words)
+    return parse_sae_config(cfg), Hyperparameters(n_tokens=n_tokens, batch_size=BATCH, log_interval=1000, **words)
 
 
 def tokenised(lm: LanguageModel, files: list[str]) -> PackedTokens:

@@ -420,6 +420,7 @@ def loss_after(request: dict[str, Any]) -> dict[str, Any]:
                 lr_warm_up_fraction=0.1,
                 lr_decay_fraction=0.2,
                 precision="bf16",
+                dead_feature_window=steps * request["batch"],  # SAELens's is 1000 steps: no AuxK on either side
             )
         )
         with torch.no_grad():

@@ -9,22 +9,14 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-__all__ = ["PRESETS", "Preset", "preset_settings"]
+__all__ = ["L1_PER_WIDTH", "PRESETS", "Preset", "default_l1_coefficient", "preset_settings"]
 
 Preset = Literal["sparse", "balanced", "faithful"]
 """About 16, 32 and 64 active features a token."""
 
 PRESETS: dict[str, dict[Preset, dict[str, Any]]] = {
-    "relu": {
-        "sparse": {"l1_coefficient": 8.0},
-        "balanced": {"l1_coefficient": 4.0},
-        "faithful": {"l1_coefficient": 2.0},
-    },
-    "gated": {
-        "sparse": {"l1_coefficient": 8.0},
-        "balanced": {"l1_coefficient": 4.0},
-        "faithful": {"l1_coefficient": 2.0},
-    },
+    "relu": {"sparse": {}, "balanced": {}, "faithful": {}},
+    "gated": {"sparse": {}, "balanced": {}, "faithful": {}},
     "jumprelu": {
         "sparse": {"l0_penalty": "quadratic", "target_l0": 16},
         "balanced": {"l0_penalty": "quadratic", "target_l0": 32},
@@ -35,7 +27,22 @@ PRESETS: dict[str, dict[Preset, dict[str, Any]]] = {
 }
 """By activation, then by word; `k` is an argument of its own, all others are hyperparameters."""
 
+L1_PER_WIDTH: dict[str, dict[Preset, float]] = {
+    "relu": {"sparse": 0.04, "balanced": 0.018, "faithful": 0.008},
+    "gated": {"sparse": 0.055, "balanced": 0.028, "faithful": 0.012},
+}
+"""What l1_coefficient is, divided by the width of the input: that is how it carries over from one model to another."""
+
 
 def preset_settings(activation: str, preset: Preset | None) -> dict[str, Any]:
-    """The settings of a preset; none without one."""
+    """The settings of a preset that do not depend on the input's width; none without one.
+
+    Raises:
+        KeyError: no such preset.
+    """
     return dict(PRESETS[activation][preset]) if preset else {}
+
+
+def default_l1_coefficient(activation: str, d_in: int, preset: Preset | None = None) -> float:
+    """The weight of the L1 penalty for inputs of a width; without a preset the balanced one."""
+    return round(L1_PER_WIDTH[activation][preset or "balanced"] * d_in, 3)

@@ -85,9 +85,11 @@ class Hyperparameters(BaseModel):
     """Subtract the activations' mean, estimated at the start and folded into the finished SAE. None: where b_dec, which
     starts at the mean, is not subtracted from the input (transcoders)."""
 
-    l1_coefficient: Annotated[float, Field(ge=0, validation_alias=AliasChoices("l1_coefficient", "l1_alpha"))] = 2.0
-    """Weight of the L1 penalty (standard, gated). On 64-wide activations of stories260K with 512 features, 1 gave L0 38
-    and FVU 0.11, 5 gave L0 11 and FVU 0.47; wider layers want more."""
+    l1_coefficient: Annotated[
+        float | None, Field(ge=0, validation_alias=AliasChoices("l1_coefficient", "l1_alpha"))
+    ] = None
+    """Weight of the L1 penalty (standard, gated and their transcoders). None for what gives about 32 active features a
+    token, which grows with the width of the input: 0.018 times it, or 0.028 for gated ones."""
 
     sparsity_warm_up_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05
     """Share of the steps over which the L1 or L0 penalty rises from nothing."""
@@ -148,8 +150,8 @@ class Hyperparameters(BaseModel):
     """How many of the newest checkpoints to keep; the best one stays beside them."""
 
     eval_tokens: Annotated[int, Field(ge=0)] | None = None
-    """Held-out tokens to evaluate on at each checkpoint, never trained on where there are enough; 0 for none. By default
-    4096, or fewer where that would take a good part of the time."""
+    """Held-out tokens to evaluate on at each checkpoint, never trained on where there are enough; 0 for none. By
+    default 4096, or fewer where that would take a good part of the time."""
 
     activations: Literal["live", "cached"] = "live"
     """`live` runs the model as training goes on; `cached` runs it once and keeps the activations on disk."""

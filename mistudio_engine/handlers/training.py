@@ -94,6 +94,9 @@ OPERATIONS = ("train_sae", "extend_training")
 LONGEST_NAME = 120
 """Letters of a slug (api/refs.py)."""
 
+UNFINISHED = (".part", ".old")
+"""Endings of folders that are being written or replaced: the engine removes them when it starts."""
+
 
 @plans(TrainSAE)
 def plan_train_sae(operation: TrainSAE, engine: Engine) -> Planned:
@@ -135,6 +138,9 @@ def plan_train_sae(operation: TrainSAE, engine: Engine) -> Planned:
 
 
 def _free_slug(engine: Engine, name: str, members: list[Blueprint], *, exact: bool) -> str:
+    for each in (name, *(member.name for member in members)):
+        if each.endswith(UNFINISHED):
+            raise BadInput(f"{each!r} is what an unfinished folder is called.", fix="Choose another name.")
     slug = free_slug(engine, name, TrainingRecord, SAERecord, released=(), exact=exact)
     promised = _promised(engine)
     for each in members:
@@ -239,6 +245,8 @@ def run_train_sae(operation: TrainSAE, engine: Engine, context: JobContext) -> G
     if isinstance(tokens, DatasetRecord):
         tokens = yield from tokenize(TokenizeDataset(dataset=tokens.slug, model=model.slug), engine)
     provenance = _provenance(operation, model, tokens, engine.device)
+    if context.job.checkpoint is not None:
+        _warn_of_changes(engine.store.get(TrainingRecord, slug), provenance, context)
     record = engine.store.update(TrainingRecord, slug, tokens=tokens.slug, provenance=provenance)
     if context.job.checkpoint is None:  # it begins, or begins anew: nothing half done may mislead it
         shutil.rmtree(checkpoint_root(engine, slug), ignore_errors=True)
@@ -421,7 +429,7 @@ class _Keeper:
         self, member: Member, stream: Stream, is_one_of_many: bool
     ) -> Generator[Progress, Signal | None, None]:
         """Measure an SAE as it stands on held-out text."""
-        n_contexts = self.n_held_out or math.ceil(member.trainer.hp.eval_tokens / self.tokens.info.context_size)
+        n_contexts = self.n_held_out or math.ceil(member.trainer.hp.evaluated_tokens / self.tokens.info.context_size)
         work = evaluate(
             self.lm,
             member.finished_sae(stream),
@@ -455,6 +463,7 @@ class _Keeper:
     ) -> Generator[Progress, Signal, dict[str, SAE]]:
         """`work`, with the trainers' warnings passed on as they come."""
         signal: Signal | None = None
+        foretold = {member.name for member in members if member.trainer.prepared}  # it was resumed
         try:
             while True:
                 try:
@@ -463,6 +472,11 @@ class _Keeper:
                     for member in members:
                         while member.trainer.warnings:
                             self._warn(member.trainer.warnings.pop(0))
+                for member in members:
+                    if member.trainer.forecast is not None and member.name not in foretold:
+                        foretold.add(member.name)
+                        forecast = {"member": member.name, **member.trainer.forecast._asdict()}
+                        self.context.publish(f"trainings/{self.training}", "forecast", forecast)
                     self._note_failures(members)
                 signal = yield progress
         except StopIteration as end:
@@ -512,6 +526,19 @@ def _provenance(operation: TrainSAE, model: ModelRecord, tokens: TokensRecord, d
     }
 
 
+def _warn_of_changes(record: TrainingRecord, now: dict[str, Any], context: JobContext) -> None:
+    """Say what is different since the checkpoint: later steps are right, but not bit for bit as they would be."""
+    changed = [
+        f"{name} was {record.provenance[name]} and is {now[name]}"
+        for name in ("torch", "n_threads", "device", "machine", "cpu")
+        if record.provenance.get(name, now[name]) != now[name]
+    ]
+    if changed:
+        message = f"It goes on elsewhere than it began ({'; '.join(changed)}), so it will not be bit-identical."
+        log.warning("%s: %s", context.job.ref, message)
+        context.publish(f"jobs/{context.job.slug}", "warning", {"message": message})
+
+
 def _keep(engine: Engine, training: TrainingRecord, slug: str, sae: SAE, density: Any) -> SAERecord:
     """Write an SAE's files and its record. Repeatable: a kill may come after the files and before the record."""
     folder = engine.home / "saes" / slug
@@ -522,7 +549,7 @@ def _keep(engine: Engine, training: TrainingRecord, slug: str, sae: SAE, density
         source="trained",
         model=training.model,
         hook_name=sae.cfg.hook_name or "",
-        layer=parse_hook(sae.cfg.hook_name).layer,
+        layer=parse_hook(sae.cfg.hook_name or "").layer,
         architecture=sae.cfg.architecture,
         d_in=sae.cfg.d_in,
         d_sae=sae.cfg.d_sae,

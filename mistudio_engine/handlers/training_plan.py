@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from mistudio_engine.api.errors import BadInput, EmptyData, NextCall, NotFound, OutOfMemory, UnknownHook, WrongShape
 from mistudio_engine.api.operations.training import TrainSAE, Variant, preset_of
+from mistudio_engine.api.presets import L1_PER_WIDTH, default_l1_coefficient
 from mistudio_engine.api.records import DatasetRecord, ModelRecord, Plan, TokensRecord, TrainingRecord
 from mistudio_engine.api.sae_config import SAEConfig, activation_of, explain, parse_sae_config, sae_bytes
 from mistudio_engine.api.training_config import (
@@ -184,6 +185,9 @@ def _blueprint(
 ) -> Blueprint:
     cfg = _config(operation, model, tokens)
     check_training(cfg, hp)
+    if hp.l1_coefficient is None and cfg.activation in L1_PER_WIDTH:
+        weight = default_l1_coefficient(cfg.activation, cfg.d_in, operation.preset)
+        hp = hp.model_copy(update={"l1_coefficient": weight})
     return Blueprint(name, cfg, hp, seed)
 
 

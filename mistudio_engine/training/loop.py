@@ -195,10 +195,10 @@ class _Meter:
     def read(self) -> dict[str, float]:
         """Tokens so far, and per second since the last reading; the memory in use."""
         now, n_tokens = time.monotonic(), (self.n_steps_done - self._counted) * self.hp.batch_size
-        self._rate = n_tokens / max(now - self._at, 1e-9)
+        rate = self._rate = n_tokens / max(now - self._at, 1e-9)
         self._at, self._counted = now, self.n_steps_done
         return {
-            "tokens_per_second": self._rate,
+            "tokens_per_second": rate,
             "n_tokens": float(self.n_steps_done * self.hp.batch_size),
             "memory_bytes": float(_memory_in_use(self.device)),
         }

@@ -72,11 +72,11 @@ class _Jump(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
         active, window, threshold = ctx.saved_tensors
         of_acts, of_gate = grads
-        total = of_gate if of_acts is None else threshold * of_acts
-        if of_acts is not None and of_gate is not None:
-            total = total + of_gate
-        if total is None:
+        if of_acts is None and of_gate is None:
             return None, None, None
+        total = torch.zeros_like(window) if of_acts is None else threshold * of_acts
+        if of_gate is not None:
+            total = total + of_gate
         seen = window * total
         if seen.dim() > threshold.dim():
             seen = seen.sum(dim=0)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mistudio_engine.api.presets import default_l1_coefficient
 from mistudio_engine.api.sae_config import MatryoshkaBatchTopKConfig
 from mistudio_engine.api.training_config import Hyperparameters
 from mistudio_engine.saes import SAE
@@ -63,7 +64,7 @@ def standard(code: Code, target: Tensor, moment: Moment) -> Objective:
     feature_acts = (code.projection + code.of(code.sae.get_parameter("b_enc") + code.shift)).relu()
     sae_out = _reconstruct(code, feature_acts, moment)
     l1 = _l1(code, feature_acts)
-    parts = {"mse_loss": losses.mse_loss(sae_out, target), "l1_loss": moment.sparsity * moment.hp.l1_coefficient * l1}
+    parts = {"mse_loss": losses.mse_loss(sae_out, target), "l1_loss": moment.sparsity * _l1_weight(code, moment) * l1}
     return _objective(code, parts, sae_out, feature_acts, l1)
 
 
@@ -81,7 +82,7 @@ def gated(code: Code, target: Tensor, moment: Moment) -> Objective:
     sae_out = _reconstruct(code, feature_acts, moment)
     parts = {
         "mse_loss": losses.mse_loss(sae_out, target),
-        "l1_loss": moment.sparsity * moment.hp.l1_coefficient * _l1(code, gate),
+        "l1_loss": moment.sparsity * _l1_weight(code, moment) * _l1(code, gate),
         "auxiliary_reconstruction_loss": losses.mse_loss(_reconstruct(code, gate, moment), target),
     }
     return _objective(code, parts, sae_out, feature_acts, _l1(code, feature_acts))
@@ -151,6 +152,11 @@ def matryoshka_batchtopk(code: Code, target: Tensor, moment: Moment) -> Objectiv
 def _reconstruct(code: Code, feature_acts: Tensor, moment: Moment) -> Tensor:
     sae_out = code.decode(feature_acts) + code.sae.b_dec
     return sae_out if moment.skip is None else sae_out + moment.skip
+
+
+def _l1_weight(code: Code, moment: Moment) -> float:
+    weight = moment.hp.l1_coefficient
+    return default_l1_coefficient(code.sae.cfg.activation, code.sae.cfg.d_in) if weight is None else weight
 
 
 def _l1(code: Code, feature_acts: Tensor) -> Tensor:

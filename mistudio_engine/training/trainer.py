@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mistudio_engine.api.errors import BadInput, JobFailed, OutOfMemory, WrongShape
+from mistudio_engine.api.presets import L1_PER_WIDTH, default_l1_coefficient
 from mistudio_engine.api.sae_config import SAEConfig
 from mistudio_engine.api.training_config import Hyperparameters, check_training, training_bytes
 from mistudio_engine.saes import SAE
@@ -64,6 +65,8 @@ class Trainer:
 
     def __init__(self, cfg: SAEConfig, hp: Hyperparameters, seed: int = 0, device: str | torch.device = "cpu") -> None:
         check_training(cfg, hp)
+        if hp.l1_coefficient is None and cfg.activation in L1_PER_WIDTH:
+            hp = hp.model_copy(update={"l1_coefficient": default_l1_coefficient(cfg.activation, cfg.d_in)})
         self.cfg, self.hp, self.seed = cfg, hp, seed
         self.device = torch.device(device)
         self.generator = torch.Generator().manual_seed(seed)
@@ -332,9 +335,10 @@ class Trainer:
             needed = training_bytes(self.cfg, self.hp.model_copy(update={"micro_batch_size": 1}))
             raise OutOfMemory.of("This training", needed, 0, "Lower d_sae, or unload a model.")
         self.micro_batch_size = (rows + 1) // 2
+        over_batch = self.cfg.activation == "batchtopk"
         self.warnings.append(
-            f"Memory ran out with {rows} tokens at a time; going on with {self.micro_batch_size}, which gives the same "
-            "steps, slower."
+            f"Memory ran out with {rows} tokens at a time; going on with {self.micro_batch_size}, "
+            + ("among which alone BatchTopK then chooses." if over_batch else "which gives the same steps, slower.")
         )
 
     def _optimize(self, lr: float, grad_norm: Tensor) -> None:
@@ -351,8 +355,8 @@ class Trainer:
         self.sae.zero_grad()
 
     def _sum(self, z: Tensor) -> Tensor:
-        """The sum of inputs and weights, NaN where one of them is: a comparison with NaN is false, so a feature that has
-        one may just never be chosen, and the loss not know of it. W_dec is left out, since its norms are in l1."""
+        """The sum of inputs and weights, NaN where one of them is: a comparison with NaN is false, so a feature that
+        has one may just never be chosen, and the loss not know of it. W_dec is left out, since its norms are in l1."""
         weights = [p.sum() for name, p in self._trained.items() if name != "W_dec"]
         return torch.stack([z.sum(), *weights]).sum()
 
@@ -406,9 +410,9 @@ class Trainer:
     def _resample(self, z: Tensor, y: Tensor, sae_out: Tensor) -> None:
         revived = resample(self.sae, z, y, sae_out, self.dead, self.hp.jumprelu_init_threshold, self.generator)
         self.tokens_since_fired[revived] = 0
-        for leaf in self._leaves.values():
+        for name, leaf in self._leaves.items():
             for moment in self.optimizer.state.get(leaf, {}).values():
-                if moment.dim() and len(moment) == self.cfg.d_sae:  # by feature, all but b_dec and W_skip
+                if moment.dim() and len(moment) == self.cfg.d_sae and name not in ("b_dec", "W_skip"):  # by feature
                     moment[revived] = 0
 
     def _resampling_is_due(self) -> bool:

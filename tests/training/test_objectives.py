@@ -14,9 +14,9 @@ import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from plain_losses import plain_parts
 from safetensors.torch import load_file
 from torch import Tensor
-from plain_losses import plain_parts
 from training_data import config, settings, sparse_activations
 
 from mistudio_engine.api.errors import JobFailed
@@ -291,8 +291,10 @@ def test_gradients_in_bfloat16_are_wrong_by_its_rounding_only(architecture: str,
     for outcome in outcomes:
         outcome.loss.backward()
     assert off(outcomes[1].loss.detach(), outcomes[0].loss.detach()) < 4e-3
-    # Measured, and half as much again. On the sparse path only AuxK's columns and swaps at the edge of a choice are left of
-    # it, and nothing where no choice is made. On the dense one a choice swaps more, and a threshold's gradient is a count
+    # Measured, and half as much again. On the sparse path only AuxK's columns and swaps at the edge of a choice are
+    # left of
+    # it, and nothing where no choice is made. On the dense one a choice swaps more, and a threshold's gradient is a
+    # count
     # of few pre-activations in a narrow window.
     chooses = architecture in WITH_AUXK
     most = {"sparse": 0.05 if chooses else 1e-4, "dense": 0.18 if chooses else 0.045}[path]

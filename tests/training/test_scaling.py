@@ -39,8 +39,9 @@ def never_firing(trainer: Trainer, x: Tensor) -> float:
 @pytest.mark.parametrize("ratio", [0, 1, 5, 15])
 @pytest.mark.parametrize("architecture", ["transcoder", "jumprelu_transcoder", "standard"])
 def test_the_forecast_is_the_share_of_features_that_never_fire(architecture: str, ratio: float, kind: str) -> None:
-    """Within 0.04: the furthest of this many normal numbers lies about 0.56 below √(2 ln n), which at the slope of the
-    normal distribution is 0.03 at most; one in a hundred is chance."""
+    """Within 0.06: the furthest of this many normal numbers lies about 0.56 below √(2 ln n), which at the slope of the
+    normal distribution is 0.03 at most; three times 0.01 is chance. JumpReLU's first threshold, which the forecast does
+    not know, is a tenth of what the mean scatters by, and keeps another 0.04 below it."""
     x = activations(kind, ratio)
     more = {} if "transcoder" in architecture else {"apply_b_dec_to_input": False}
     cfg = config(architecture, d_in=D, d_sae=WIDE, **more)
@@ -49,7 +50,9 @@ def test_the_forecast_is_the_share_of_features_that_never_fire(architecture: str
     trainer.prepare(x, x if cfg.is_transcoder else None)
     assert trainer.forecast is not None
     assert trainer.forecast.outlier_ratio == pytest.approx(ratio, abs=0.01)
-    assert trainer.forecast.dead_fraction == pytest.approx(never_firing(trainer, x), abs=0.04)
+    assert trainer.forecast.dead_fraction == pytest.approx(
+        never_firing(trainer, x), abs=0.1 if "jumprelu" in architecture else 0.06
+    )
     assert len(trainer.warnings) == (trainer.forecast.dead_fraction > 0.05)
     if trainer.warnings:
         assert "start dead" in trainer.warnings[0]
@@ -99,7 +102,7 @@ def test_z_has_mean_norm_root_d(scale: bool, centre: bool) -> None:
 
 
 def test_sums_are_exact_enough_for_outlier_dimensions() -> None:
-    """One dimension a million times the others, worse than real residual streams: sums in fp32 would lose its spread."""
+    """One dimension a million times the others, worse than real residual streams: fp32 sums would lose its spread."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3 * 8192 + 17, 5, generator=generator)
     x[:, 2] = x[:, 2] + 1e6

@@ -24,6 +24,7 @@ from mistudio_engine.training.loop import Stream
 D_IN, D_SAE, D_VOCAB = 16, 48, 40
 BOS, EOS, PAD = 0, 1, 2
 HOOK = "blocks.1.hook_resid_post"
+HOOK_OUT = "blocks.1.hook_mlp_out"
 
 
 def tiny_lm(seed: int = 0) -> LanguageModel:
@@ -69,6 +70,22 @@ def sparse_activations(n: int, d_in: int = D_IN, seed: int = 0) -> Tensor:
     return (torch.randn(n, 2 * d_in, generator=generator) - 1).relu() @ directions + 0.3
 
 
+def transcoded(n: int, d_in: int = D_IN, d_out: int = D_IN, seed: int = 0) -> Tensor:
+    """(n, d_out): what a transcoder can predict from `sparse_activations` of the same seed: the same few, along
+    others."""
+    codes = torch.Generator().manual_seed(seed)
+    torch.randn(2 * d_in, d_in, generator=codes)
+    directions = torch.randn(2 * d_in, d_out, generator=torch.Generator().manual_seed(seed + 1))
+    directions /= directions.norm(dim=1, keepdim=True)
+    return (torch.randn(n, 2 * d_in, generator=codes) - 1).relu() @ directions - 0.2
+
+
+def both(cfg: SAEConfig, n: int, seed: int = 0) -> tuple[Tensor, Tensor | None]:
+    """What an SAE of this config is trained on: activations, and for a transcoder its targets."""
+    x = sparse_activations(n, cfg.d_in, seed)
+    return x, transcoded(n, cfg.d_in, cfg.output_width, seed) if cfg.is_transcoder else None
+
+
 class Synthetic:
     """A stream over fixed activations, in order, again and again; of one hook, or of several by name."""
 
@@ -86,6 +103,9 @@ class Synthetic:
 
     def state(self) -> dict[str, Any]:
         return {"at": self.at}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.at = state["at"]
 
     def describe(self, hook_name: str) -> dict[str, Any]:
         return {"model_name": "synthetic", "hook_name": hook_name}
@@ -119,9 +139,16 @@ def run(job: Generator[Progress, Signal | None, dict[str, SAE]]) -> tuple[list[P
             return seen, sae
 
 
-def member(trainer: Trainer, name: str = "sae", hook_name: str = HOOK, hook_name_out: str | None = None) -> Member:
+def stream_for(trainer: Trainer, n: int = 256, factor: float = 1.0) -> Synthetic:
+    """Activations for a trainer's config, and targets where it wants some."""
+    x, y = both(trainer.cfg, n)
+    buffer = {HOOK: x * factor} if y is None else {HOOK: x * factor, HOOK_OUT: y * factor * 3}
+    return Synthetic(buffer, trainer.hp.batch_size)
+
+
+def member(trainer: Trainer, name: str = "sae", hook_name: str = HOOK) -> Member:
     """A trainer as one SAE of a training."""
-    return Member(name, trainer, hook_name, hook_name_out)
+    return Member(name, trainer, hook_name, HOOK_OUT if trainer.cfg.is_transcoder else None)
 
 
 def alone(trainer: Trainer, stream: Stream, **more: Any) -> Generator[Progress, Signal | None, dict[str, SAE]]:

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from mistudio_engine.api.operations.base import JobOperation, Operation
 from mistudio_engine.api.operations.datasets import Deleted, Limit
@@ -123,6 +132,10 @@ _OF_THE_RUN += ("keep_checkpoints", "eval_tokens", "activations", "cache_dtype")
 """Hyperparameters that all SAEs of one training share: they see the same batches at the same time."""
 
 
+COMMON = "training"
+"""What the part of a checkpoint that all SAEs share is called (training/checkpoints.py)."""
+
+
 class Shape(BaseModel):
     """What is said of one SAE, in a training or in one variant of it."""
 
@@ -184,13 +197,25 @@ class Variant(Shape):
     hyperparameters: dict[str, Any] = {}
     """Those that differ, such as l1_coefficient or lr; not those of the whole run, such as n_tokens or batch_size."""
 
+    @field_validator("name")
+    @classmethod
+    def _is_free(cls, name: str | None) -> str | None:
+        if name == COMMON:
+            raise ValueError(f"{name!r} is what all SAEs of a training have in common; give the variant another name")
+        return name
+
     @field_validator("hyperparameters")
     @classmethod
     def _of_this_sae(cls, given: dict[str, Any]) -> dict[str, Any]:
         shared = sorted(set(_OF_THE_RUN) & given.keys() | set(STEP_NAMES) & given.keys() - {"resample_steps"})
         if shared:
             raise ValueError(f"{', '.join(shared)} are the same for all SAEs of a training; give them in the call")
-        Hyperparameters(**given)
+        try:
+            Hyperparameters(**given)
+        except ValidationError as error:
+            if any(finding["loc"] for finding in error.errors()):
+                raise
+            # What does not go together may do so with what the call says; that is seen when they are put together.
         return given
 
 
