@@ -14,13 +14,16 @@ __all__ = ["L1_PER_WIDTH", "PRESETS", "Preset", "default_l1_coefficient", "prese
 Preset = Literal["sparse", "balanced", "faithful"]
 """About 16, 32 and 64 active features a token."""
 
+_JUMPRELU = {"l0_penalty": "quadratic", "lr": 3e-3, "jumprelu_bandwidth": 0.5, "jumprelu_init_threshold": 0.1}
+"""Adam moves a threshold by lr a step at most: with 3e-4 a run of some thousand steps does not reach the target."""
+
 PRESETS: dict[str, dict[Preset, dict[str, Any]]] = {
     "relu": {"sparse": {}, "balanced": {}, "faithful": {}},
     "gated": {"sparse": {}, "balanced": {}, "faithful": {}},
     "jumprelu": {
-        "sparse": {"l0_penalty": "quadratic", "target_l0": 16},
-        "balanced": {"l0_penalty": "quadratic", "target_l0": 32},
-        "faithful": {"l0_penalty": "quadratic", "target_l0": 64},
+        "sparse": {**_JUMPRELU, "target_l0": 16},
+        "balanced": {**_JUMPRELU, "target_l0": 32},
+        "faithful": {**_JUMPRELU, "target_l0": 64},
     },
     "topk": {"sparse": {"k": 16}, "balanced": {"k": 32}, "faithful": {"k": 64}},
     "batchtopk": {"sparse": {"k": 16}, "balanced": {"k": 32}, "faithful": {"k": 64}},
@@ -28,8 +31,8 @@ PRESETS: dict[str, dict[Preset, dict[str, Any]]] = {
 """By activation, then by word; `k` is an argument of its own, all others are hyperparameters."""
 
 L1_PER_WIDTH: dict[str, dict[Preset, float]] = {
-    "relu": {"sparse": 0.04, "balanced": 0.018, "faithful": 0.008},
-    "gated": {"sparse": 0.055, "balanced": 0.028, "faithful": 0.012},
+    "relu": {"sparse": 0.04, "balanced": 0.014, "faithful": 0.006},
+    "gated": {"sparse": 0.05, "balanced": 0.022, "faithful": 0.009},
 }
 """What l1_coefficient is, divided by the width of the input: that is how it carries over from one model to another."""
 

@@ -282,7 +282,7 @@ def _train(
             _check_width(lm, hook, width)
         folder = cache_folder(engine, tokens_record, list(widths), hp)
         if hp.activations == "cached" and not folder.exists():
-            yield from _cached(lm, tokens, list(widths), folder, hp, model, engine, context)
+            yield from _cached(lm, tokens, list(widths), folder, hp, model)
         usable = partial(_cache_is_named, folder) if hp.activations == "cached" else nullcontext
         with engine.memory.reserve(f"Training {record.slug}", n_bytes, device=engine.device), usable():
             n_contexts = len(tokens) - n_held_out
@@ -342,31 +342,17 @@ def _check_width(lm: LanguageModel, hook: str, width: int) -> None:
 
 
 def _cached(
-    lm: LanguageModel,
-    tokens: PackedTokens,
-    hooks: list[str],
-    folder: Path,
-    hp: Hyperparameters,
-    model: ModelRecord,
-    engine: Engine,
-    context: JobContext,
+    lm: LanguageModel, tokens: PackedTokens, hooks: list[str], folder: Path, hp: Hyperparameters, model: ModelRecord
 ) -> Generator[Progress, Signal, None]:
     """Write the activations to disk; it goes on where an earlier attempt was cut off."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     writing = write_cache(lm, tokens, hooks, folder, dtype=hp.cache_dtype, model_sha256=model.sha256)
-    try:
+    with suppress(StopIteration):
         progress = next(writing)
         while True:
             signal = yield progress
             # A smaller cache than was asked for would train on less text than was asked for.
             progress = writing.send(Signal.GO if signal is Signal.STOP else signal)
-    except StopIteration:
-        pass
-    except GeneratorExit:
-        writing.close()
-        if engine.state == "ready" and engine.jobs.get(context.job.slug).state != JobState.PAUSING:  # it is cancelled
-            shutil.rmtree(folder.with_name(f"{folder.name}.part"), ignore_errors=True)
-        raise
 
 
 @contextmanager
@@ -580,8 +566,21 @@ def follow_trainings(engine: Engine) -> None:
         jobs = record.jobs if job.slug in record.jobs else [*record.jobs, job.slug]
         status = DOCUMENTS_STATES.get(job.state, job.state)
         engine.store.update(TrainingRecord, slug, status=status, jobs=jobs)
+        if job.state == JobState.CANCELLED:
+            engine.store.after_commit(lambda: _drop_unfinished_cache(engine, record))
 
     engine.jobs.on_change(changed)
+
+
+def _drop_unfinished_cache(engine: Engine, record: TrainingRecord) -> None:
+    """Remove the activations that a cancelled training was writing, unless another one may go on with them."""
+    others = [each for each in engine.store.all(TrainingRecord, tokens=record.tokens) if each.slug != record.slug]
+    if not record.tokens or any(each.status in ("pending", "running", "paused") for each in others):
+        return
+    plans = _members_of(record)
+    tokens = engine.store.get(TokensRecord, record.tokens)
+    folder = cache_folder(engine, tokens, list(hooks_of(plans)), plans[0].hp)
+    shutil.rmtree(folder.with_name(f"{folder.name}.part"), ignore_errors=True)
 
 
 def _job_of(engine: Engine, training: str) -> Job:

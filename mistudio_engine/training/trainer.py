@@ -33,6 +33,9 @@ _EXPLODED_FVU = 100.0
 _EXPLODED_STEPS = 20
 """A hundred times worse than the mean for this many steps in a row does not come back."""
 
+_NO_MEMORY = ("can't allocate memory", "std::bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED")
+"""How torch says it in a plain RuntimeError: the CPU's allocator, a topk's own list of indices, cuBLAS."""
+
 _EXTENDABLE = ("n_tokens", "checkpoint_interval", "keep_checkpoints", "log_interval", "eval_tokens")
 """Settings that a training may go on with another value of."""
 
@@ -235,9 +238,10 @@ class Trainer:
         """
         tensors = {"tokens_since_fired": self.tokens_since_fired, "n_fired": self.n_fired}
         tensors["generator"] = self.generator.get_state()
-        for name, scaling in (("input_mean", self.scaling), ("target_mean", self.target_scaling)):
-            if scaling.mean is not None:
-                tensors[name] = scaling.mean
+        if self.scaling.mean is not None:
+            tensors["input_mean"] = self.scaling.mean
+        if self.cfg.is_transcoder and self.target_scaling.mean is not None:
+            tensors["target_mean"] = self.target_scaling.mean
         tensors |= {f"sae.{name}": _as_it_lies(p.detach()) for name, p in self.sae.named_parameters()}
         for name, leaf in self._leaves.items():
             tensors |= {f"adam.{name}.{moment}": value for moment, value in self.optimizer.state.get(leaf, {}).items()}
@@ -291,6 +295,8 @@ class Trainer:
         self.generator.set_state(tensors["generator"])
         means = [tensors[name].to(self.device) if name in tensors else None for name in ("input_mean", "target_mean")]
         self.scaling, self.target_scaling = map(Scaling, values["scales"], means)
+        if not self.cfg.is_transcoder:
+            self.target_scaling = self.scaling
         self.forecast = None if values["forecast"] is None else DeadForecast(*values["forecast"])
         self.seed, self.n_steps_done, self.n_counted = values["seed"], values["n_steps_done"], values["n_counted"]
         self.prepared, self._n_exploded = values["prepared"], values["n_exploded"]
@@ -315,7 +321,7 @@ class Trainer:
                     (outcome.loss * share).backward()
                     parts.append((share, _detached(outcome)))
                 return _merged(parts)
-            except (torch.OutOfMemoryError, RuntimeError) as error:
+            except (RuntimeError, MemoryError) as error:
                 if not _is_out_of_memory(error):
                     raise
             self._halve(rows)
@@ -478,8 +484,10 @@ def _merged(parts: list[tuple[float, Objective]]) -> Objective:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether there was no room for a tensor; the CPU's allocator says so with a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Whether there was no room for a tensor, or for what an operation works in."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return any(words in str(error) for words in _NO_MEMORY)
 
 
 def _check_same(what: str, ours: dict[str, Any], theirs: dict[str, Any]) -> None:

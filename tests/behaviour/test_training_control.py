@@ -7,7 +7,8 @@ import json
 import shutil
 import threading
 import time
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import psutil
@@ -15,9 +16,19 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mistudio_engine.api.operations import EvalSAE, ExtendTraining, GetDataset, GetModel, StopTraining
-from mistudio_engine.api.records import ModelRecord, SAERecord, TokensRecord
-from mistudio_engine.demo.embedded import DEMO_HOOK
+from mistudio_engine.api.errors import BadInput, Conflict
+from mistudio_engine.api.operations import (
+    DeleteTraining,
+    DeleteTrainings,
+    EvalSAE,
+    ExtendTraining,
+    GetDataset,
+    GetModel,
+    ListTrainings,
+    StopTraining,
+    TrainSAE,
+)
+from mistudio_engine.api.records import Job, ModelRecord, SAERecord, TokensRecord
 from mistudio_engine.runtime.engine import Engine
 from tests.behaviour.doors import Served
 from tests.behaviour.trainings import (
@@ -29,6 +40,7 @@ from tests.behaviour.trainings import (
     history,
     parts,
     running,
+    steered,
     tensors,
     train,
     training_of,
@@ -45,16 +57,16 @@ def engine(studio: Served) -> Engine:
 
 def test_a_training_that_was_paused_has_the_same_bits(engine: Engine) -> None:
     completed(engine, train(name="calm", **LONG))
-    job = engine.call(train(name="uneasy", **LONG))
-    for fraction in (0.1, 0.4, 0.7):
-        until(lambda least=fraction: (engine.jobs.get(job.slug).progress or 0) > least, "some progress")
-        engine.jobs.control(job.slug, "pause")
-        paused = engine.jobs.wait(job.slug, 5)
-        assert (paused.state, training_of(engine, "uneasy").status) == ("paused", "paused")
-        assert paused.checkpoint is not None
-        assert all(not each.in_use for each in engine.memory.loaded()), "a paused training holds no memory"
-        engine.jobs.control(job.slug, "resume")
-    assert engine.jobs.wait(job.slug, SECONDS).state == "completed"
+    with steered(engine, train(name="uneasy", **LONG)) as job:
+        for fraction in (0.1, 0.4, 0.7):
+            until(lambda least=fraction: (engine.jobs.get(job.slug).progress or 0) > least, "some progress")
+            engine.jobs.control(job.slug, "pause")
+            paused = engine.jobs.wait(job.slug, 10)
+            assert (paused.state, training_of(engine, "uneasy").status) == ("paused", "paused")
+            assert paused.checkpoint is not None
+            assert all(not each.in_use for each in engine.memory.loaded()), "a paused training holds no memory"
+            engine.jobs.control(job.slug, "resume")
+        assert engine.jobs.wait(job.slug, SECONDS).state == "completed"
     assert_same_bits(tensors(engine, "calm"), tensors(engine, "uneasy"))
     assert history(engine, "uneasy") == history(engine, "calm"), "nothing is said twice and nothing is left out"
 
@@ -73,14 +85,13 @@ def test_a_stopped_training_leaves_a_usable_sae_and_can_be_extended(engine: Engi
     assert int(again.metrics["n_tokens"]) == hp["n_tokens"] >= n_tokens + 4096
 
 
-def test_a_training_stopped_before_its_first_step_says_that_there_is_nothing_to_keep(engine: Engine) -> None:
+def test_a_training_that_waits_cannot_be_stopped_but_cancelled(engine: Engine) -> None:
     with running(engine, endless(name="ahead")):
         waiting = engine.call(endless(name="too-early"))
-        engine.call(StopTraining(training="too-early"))
-    ended_early = engine.jobs.wait(waiting.slug, SECONDS)
-    assert ended_early.state in ("failed", "completed")
-    if ended_early.state == "failed":
-        assert ended_early.error is not None and ended_early.error.code == "cancelled" and ended_early.error.fix
+        with pytest.raises(Conflict, match="Possible now: cancel, pause"):
+            engine.call(StopTraining(training="too-early"))
+        assert engine.jobs.control(waiting.slug, "cancel").state == "cancelled"
+    assert training_of(engine, "too-early").status == "cancelled"
 
 
 @pytest.fixture(scope="module")
@@ -105,16 +116,23 @@ STAGES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@contextmanager
+def at_stage(engine: Engine, word: str, operation: TrainSAE) -> Iterator[Job]:
+    """The job of a training that is at this stage."""
+    with steered(engine, operation) as job:
+        until(lambda: (engine.jobs.get(job.slug).stage or "").startswith(word), word)
+        yield job
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_cancelling_takes_effect_at_once_and_frees_what_was_held(engine: Engine, slow: str, stage: str) -> None:
     word, settings = STAGES[stage]
     n_saes = len(engine.store.all(SAERecord))
-    job = engine.call(endless(model=slow, d_sae=256, **settings))
-    until(lambda: (engine.jobs.get(job.slug).stage or "").startswith(word), word)
-    began = time.monotonic()
-    engine.jobs.control(job.slug, "cancel")
-    assert engine.jobs.wait(job.slug, 10).state == "cancelled"
-    assert time.monotonic() - began < 5
+    with at_stage(engine, word, endless(model=slow, d_sae=256, **settings)) as job:
+        began = time.monotonic()
+        engine.jobs.control(job.slug, "cancel")
+        assert engine.jobs.wait(job.slug, 10).state == "cancelled"
+        assert time.monotonic() - began < 5
     engine.compute.run(lambda: None)
     assert_nothing_is_held(engine)
     assert parts(engine) == []
@@ -125,14 +143,12 @@ def test_cancelling_takes_effect_at_once_and_frees_what_was_held(engine: Engine,
 @pytest.mark.parametrize("stage", STAGES)
 def test_pausing_takes_effect_at_once_too(engine: Engine, slow: str, stage: str) -> None:
     word, settings = STAGES[stage]
-    job = engine.call(endless(model=slow, d_sae=256, **settings))
-    until(lambda: (engine.jobs.get(job.slug).stage or "").startswith(word), word)
-    began = time.monotonic()
-    engine.jobs.control(job.slug, "pause")
-    assert engine.jobs.wait(job.slug, 10).state == "paused"
-    assert time.monotonic() - began < 6
-    engine.jobs.control(job.slug, "cancel")
-    assert_nothing_is_held(engine)
+    with at_stage(engine, word, endless(model=slow, d_sae=256, **settings)) as job:
+        began = time.monotonic()
+        engine.jobs.control(job.slug, "pause")
+        assert engine.jobs.wait(job.slug, 10).state == "paused"
+        assert time.monotonic() - began < 6
+        assert_nothing_is_held(engine)
 
 
 def assert_nothing_is_held(engine: Engine) -> None:
@@ -147,14 +163,12 @@ def test_a_hundred_trainings_begun_and_cancelled_leak_neither_memory_nor_threads
     completed(engine, train(name="warm"))
     n_threads, n_tensors, n_bytes = 0, 0, 0
     for number in range(100):
-        job = engine.call(endless(seed=number, keep_checkpoints=1))
-        if number % 3:
-            until(lambda slug=job.slug: engine.jobs.get(slug).metrics, "a first step")
-        if number % 5 == 0:
-            engine.jobs.control(job.slug, "pause")
-            assert engine.jobs.wait(job.slug, 10).state == "paused"
-        engine.jobs.control(job.slug, "cancel")
-        assert engine.jobs.wait(job.slug, 10).state == "cancelled"
+        with steered(engine, endless(seed=number)) as job:
+            if number % 3:
+                until(lambda slug=job.slug: engine.jobs.get(slug).metrics, "a first step")
+            if number % 5 == 0:
+                engine.jobs.control(job.slug, "pause")
+                assert engine.jobs.wait(job.slug, 10).state == "paused"
         if number == 20:
             n_threads, n_tensors, n_bytes = measured(engine)
     now = measured(engine)
@@ -174,8 +188,6 @@ def measured(engine: Engine) -> tuple[int, int, int]:
 
 
 def test_what_runs_cannot_be_deleted_and_the_rest_is(engine: Engine) -> None:
-    from mistudio_engine.api.operations import DeleteTrainings, ListTrainings
-
     for name in ("one-to-go", "other-to-go"):
         completed(engine, train(name=name))
     with running(engine, endless(name="busy")):
@@ -194,8 +206,6 @@ def test_what_runs_cannot_be_deleted_and_the_rest_is(engine: Engine) -> None:
 
 
 def test_a_paused_training_that_is_deleted_does_not_come_back(engine: Engine) -> None:
-    from mistudio_engine.api.operations import DeleteTraining
-
     with running(engine, endless(name="resting")) as job:
         engine.jobs.control(job.slug, "pause")
         assert engine.jobs.wait(job.slug, 10).state == "paused"
@@ -206,8 +216,5 @@ def test_a_paused_training_that_is_deleted_does_not_come_back(engine: Engine) ->
 
 def test_tokens_of_another_model_are_refused(engine: Engine, slow: str) -> None:
     (tokens,) = engine.store.all(TokensRecord, model=slow)
-    from mistudio_engine.api.errors import BadInput
-
     with pytest.raises(BadInput, match="made for model/slow"):
         engine.call(train(dataset=f"tokens/{tokens.slug}"))
-    assert DEMO_HOOK and Path(engine.home)

@@ -92,10 +92,17 @@ def until(condition: Callable[[], T | None], what: str, seconds: float = SECONDS
 @contextmanager
 def running(engine: Engine, operation: TrainSAE, n_tokens: int = 1) -> Iterator[Job]:
     """The job of a training once it has recorded metrics of so many tokens; it is cancelled afterwards."""
-    job = engine.call(operation)
-    try:
+    with steered(engine, operation) as job:
         until(lambda: _n_tokens(engine, job) >= n_tokens, f"{n_tokens} tokens of {job.ref}")
         yield engine.jobs.get(job.slug)
+
+
+@contextmanager
+def steered(engine: Engine, operation: Any) -> Iterator[Job]:
+    """The job of an operation, which is cancelled afterwards unless it has ended."""
+    job = engine.call(operation)
+    try:
+        yield job
     finally:
         if not engine.jobs.get(job.slug).finished:
             engine.jobs.control(job.slug, "cancel")

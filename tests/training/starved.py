@@ -9,9 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
-
 from training_data import config, settings
 
 from mistudio_engine.api.errors import OutOfMemory

@@ -19,7 +19,8 @@ A_LITTLE, NEXT_TO_NOTHING = 200 << 20, 1 << 20
 def starved(architecture: str, spare: int) -> list[dict[str, Any]]:
     """Two steps of a trainer that may allocate `spare` bytes more, and of one that may have all (starved.py)."""
     script = Path(__file__).with_name("starved.py")
-    env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    paths = os.pathsep.join([str(script.parent), str(script.parents[2])])
+    env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": paths}
     command = [sys.executable, str(script), architecture, str(spare)]
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=100)
     assert done.returncode == 0, done.stderr
