@@ -458,12 +458,12 @@ class _Keeper:
                     for member in members:
                         while member.trainer.warnings:
                             self._warn(member.trainer.warnings.pop(0))
+                    self._note_failures(members)
                 for member in members:
                     if member.trainer.forecast is not None and member.name not in foretold:
                         foretold.add(member.name)
                         forecast = {"member": member.name, **member.trainer.forecast._asdict()}
                         self.context.publish(f"trainings/{self.training}", "forecast", forecast)
-                    self._note_failures(members)
                 signal = yield progress
         except StopIteration as end:
             return end.value
@@ -575,7 +575,9 @@ def follow_trainings(engine: Engine) -> None:
 def _drop_unfinished_cache(engine: Engine, record: TrainingRecord) -> None:
     """Remove the activations that a cancelled training was writing, unless another one may go on with them."""
     others = [each for each in engine.store.all(TrainingRecord, tokens=record.tokens) if each.slug != record.slug]
-    if not record.tokens or any(each.status in ("pending", "running", "paused") for each in others):
+    if any(each.status in ("pending", "running", "paused") for each in others):
+        return
+    if not engine.store.exists(TokensRecord, record.tokens):
         return
     plans = _members_of(record)
     tokens = engine.store.get(TokensRecord, record.tokens)

@@ -178,7 +178,7 @@ def test_the_newest_checkpoints_and_the_best_are_there(engine: Engine, judged: s
 
 
 def test_the_best_checkpoint_stays_however_many_come_after_it(engine: Engine) -> None:
-    rising = {"lr": 0.05, "lr_warm_up_fraction": 0.9, "lr_decay_fraction": 0.0}  # learns at first, spoils it later
+    rising = {"lr": 0.3, "lr_warm_up_fraction": 1.0, "lr_decay_fraction": 0.0}  # learns at first, spoils it later
     completed(engine, train(name="spoilt", n_tokens=32_768, checkpoint_interval=1024, keep_checkpoints=1, **rising))
     rows = engine.call(TrainingCheckpoints(training="spoilt")).rows
     assert [row.is_best for row in rows] == [False, True]

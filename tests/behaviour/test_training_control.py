@@ -47,7 +47,7 @@ from tests.behaviour.trainings import (
     until,
 )
 
-LONG = {"n_tokens": 204_800, "checkpoint_interval": 8192}
+LONG = {"n_tokens": 153_600, "checkpoint_interval": 8192}
 
 
 @pytest.fixture(scope="module")

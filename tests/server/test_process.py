@@ -26,13 +26,13 @@ from mistudio_engine.server.serve import stop
 WAIT_SECONDS = 60.0
 
 
-def until(condition: Any, what: str) -> Any:
-    """Wait, bounded, until `condition()` is something."""
+def until(condition: Any, what: str, pause: float = 0.02) -> Any:
+    """Wait, bounded, until `condition()` is something; `pause` seconds between two looks."""
     deadline = time.monotonic() + WAIT_SECONDS
     while time.monotonic() < deadline:
         if found := condition():
             return found
-        threading.Event().wait(0.02)
+        threading.Event().wait(pause)
     raise AssertionError(f"{what} did not happen within {WAIT_SECONDS:g} s")
 
 

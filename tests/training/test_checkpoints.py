@@ -49,12 +49,12 @@ FILES = [f"{folder}/{file}" for folder in ("sae", "training") for file in ("stat
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     f"{name}, {path}": (name, {"path": path, "dead_feature_window": 64}) for name in ALL for path in ("dense", "sparse")
 }
-RESAMPLED = {"resample_interval": 96, "dead_feature_window": 32}
+RESAMPLED = {"resample_interval": 96, "dead_feature_window": 32, "lr": 0.03}
 RUNS |= {
     f"{name}, resampled": (name, RESAMPLED | {"l1_coefficient": 50}) for name in ("standard", "gated", "transcoder")
 }
 RUNS |= {
-    "jumprelu, resampled": ("jumprelu", RESAMPLED | {"l0_coefficient": 20}),
+    "jumprelu, resampled": ("jumprelu", RESAMPLED | {"jumprelu_init_threshold": 0.3}),
     "jumprelu, tanh": ("jumprelu", {"l0_penalty": "tanh", "pre_act_loss_coefficient": 0.1, "dead_feature_window": 64}),
     "standard, centred": ("standard", {"centre_inputs": True}),
     "topk, in micro-batches": ("topk", {"micro_batch_size": 12, "dead_feature_window": 64}),
