@@ -41,6 +41,8 @@ def make(root: Path) -> None:
         "topk_rescale": {"architecture": "topk", "k": 12, "rescale_acts_by_decoder_norm": True},
         "transcoder": transcoder,
         "skip_transcoder": transcoder,
+        "jumprelu_transcoder": transcoder,
+        "jumprelu_skip_transcoder": transcoder,
     }
     generator = torch.Generator().manual_seed(0)
     for name, more in cases.items():

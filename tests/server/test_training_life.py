@@ -16,18 +16,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from mistudio_engine.api.client import Studio, connect
-from mistudio_engine.api.home import probe, process_alive, read_engine_file
+from mistudio_engine.api.home import EngineFile, probe, process_alive
+from mistudio_engine.api.records import Job
 from mistudio_engine.demo.embedded import DEMO_HOOK
 from mistudio_engine.server.serve import stop
 from tests.server.test_process import bring_in, history, kill, until
 
 ROOT = Path(__file__).parents[2]
+IMPORTS_US = os.environ | {"PYTHONPATH": str(ROOT)}
 
 BATCH = 1024
 INTERVAL = 24 * BATCH
@@ -53,6 +56,21 @@ def life(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         studio.train_sae(**SAE, **RUN, name="undisturbed").wait(120)
     yield home
     stop(home)
+
+
+@pytest.fixture
+def studio(life: Path) -> Iterator[Studio]:
+    """A client, which finds no engine after a kill and starts one; what still runs at the end is cancelled."""
+    with connect(life) as made:
+        yield made
+        for job in made.list_jobs(limit=200).rows:
+            if not job.finished:
+                made.control_job(job=job.slug, action="cancel")
+                at_its_end(made, job.slug)
+
+
+def at_its_end(studio: Studio, job: str) -> Job:
+    return until(lambda: (seen := studio.show_job(job=job, wait_s=10)).finished and seen, "the job's end")
 
 
 def tensors(home: Path, sae: str) -> dict[str, Tensor]:
@@ -98,32 +116,33 @@ def repeated(steps: list[int]) -> list[int]:
     return [one - other for one, other in itertools.pairwise(steps) if other <= one]
 
 
-def test_a_training_killed_ten_times_ends_bit_identical_and_repeats_an_interval_at_most(life: Path) -> None:
+def test_a_training_killed_ten_times_ends_bit_identical_and_repeats_an_interval_at_most(
+    life: Path, studio: Studio
+) -> None:
     chance = random.Random(20261121)
     moments = sorted(chance.uniform(0.02, 0.95) for _ in range(10))
     hit: list[str] = []
-    with connect(life) as studio:
-        job = studio.train_sae(**SAE, **RUN, name="killed")
-        for number, moment in enumerate(moments):
-            until(lambda least=moment: (studio.show_job(job=job.slug).progress or 0) >= least, f"{moment:.0%}")
-            if number in (2, 6):  # while a checkpoint is being written
-                until(lambda: list((life / "trainings" / "killed").rglob("*.part")), "a checkpoint")
-            elif number in (4, 8):
-                until(lambda: is_evaluating(studio, job.slug), "an evaluation")
-            else:
-                threading.Event().wait(chance.uniform(0, 0.3))
-            now = studio.show_job(job=job.slug) if number not in (2, 6) else None
-            kill(life)
-            hit.append("writing" if half_written(life, "killed") else now.stage if now else "")
-            assert now is None or not now.finished, "it was to be killed ten times; make it longer"
-        ended = studio.show_job(job=job.slug, wait_s=120)
-        assert (ended.state, ended.attempt, ended.progress) == ("completed", 1, 1.0)
-        steps = history(studio, "killed")
-        assert sorted(set(steps)) == history(studio, "undisturbed"), "no number is missing"
-        assert len(repeated(steps)) <= 10
-        assert max(repeated(steps), default=0) < INTERVAL + 5 * BATCH
-        assert evaluated(studio, "killed") == evaluated(studio, "undisturbed")
-        assert warnings(studio, job.slug) == [], "what was half written was not taken for a checkpoint"
+    job = studio.train_sae(**SAE, **RUN, name="killed")
+    for number, moment in enumerate(moments):
+        until(lambda least=moment: (studio.show_job(job=job.slug).progress or 0) >= least, f"{moment:.0%}")
+        if number in (2, 6):  # while a checkpoint is being written
+            until(lambda: half_written(life, "killed"), "a checkpoint", pause=0.001)
+        elif number in (4, 8):
+            until(lambda: is_evaluating(studio, job.slug), "an evaluation")
+        else:
+            threading.Event().wait(chance.uniform(0, 0.3))
+        now = studio.show_job(job=job.slug) if number not in (2, 6) else None
+        kill(life)
+        hit.append("writing" if half_written(life, "killed") else now.stage if now else "")
+        assert now is None or not now.finished, "it was to be killed ten times; make it longer"
+    ended = at_its_end(studio, job.slug)
+    assert (ended.state, ended.attempt, ended.progress) == ("completed", 1, 1.0)
+    steps = history(studio, "killed")
+    assert sorted(set(steps)) == history(studio, "undisturbed"), "no number is missing"
+    assert len(repeated(steps)) <= 10
+    assert max(repeated(steps), default=0) < INTERVAL + 5 * BATCH
+    assert evaluated(studio, "killed") == evaluated(studio, "undisturbed")
+    assert warnings(studio, job.slug) == [], "what was half written was not taken for a checkpoint"
     assert_same_bits(life, "killed", "undisturbed")
     assert "writing" in hit and any(what.startswith("evaluating") for what in hit), hit
     assert not list(life.rglob("*.part"))
@@ -133,41 +152,39 @@ def is_evaluating(studio: Studio, job: str) -> bool:
     return (studio.show_job(job=job).stage or "").startswith("evaluating")
 
 
-def test_damaged_checkpoints_are_passed_over_with_a_warning(life: Path) -> None:
+def test_damaged_checkpoints_are_passed_over_with_a_warning(life: Path, studio: Studio) -> None:
     damages: dict[str, Callable[[bytes], bytes]] = {
         "cut": lambda content: content[: len(content) // 2],
         "flipped": lambda content: content[:-1000] + bytes([content[-1000] ^ 8]) + content[-999:],
         "empty": lambda content: b"",
     }
-    with connect(life) as studio:
-        job = studio.train_sae(**SAE, **RUN, name="damaged")
-        for moment, (what, damage) in zip((0.2, 0.5, 0.8), damages.items(), strict=True):
-            until(lambda least=moment: (studio.show_job(job=job.slug).progress or 0) >= least, f"{moment:.0%}")
-            kill(life)
-            folder = newest(life, "damaged")
-            path = folder / ("sae/state.safetensors" if what != "empty" else "training/state.json")
-            path.write_bytes(damage(path.read_bytes()))
-            until(lambda: warnings(studio, job.slug), "a warning")
-            said = until(lambda name=folder.name: [w for w in warnings(studio, job.slug) if name in w], "a warning")
-            assert "was passed over" in said[0], what
-        assert studio.show_job(job=job.slug, wait_s=120).state == "completed"
-        assert len(warnings(studio, job.slug)) == 3
-        steps = history(studio, "damaged")
-        assert sorted(set(steps)) == history(studio, "undisturbed")
-        assert max(repeated(steps)) < 2 * INTERVAL + 5 * BATCH, "from the one before"
+    job = studio.train_sae(**SAE, **RUN, name="damaged")
+    for moment, (what, damage) in zip((0.2, 0.5, 0.8), damages.items(), strict=True):
+        until(lambda least=moment: (studio.show_job(job=job.slug).progress or 0) >= least, f"{moment:.0%}")
+        kill(life)
+        folder = newest(life, "damaged")
+        path = folder / ("sae/state.safetensors" if what != "empty" else "training/state.json")
+        path.write_bytes(damage(path.read_bytes()))
+        until(lambda: warnings(studio, job.slug), "a warning")
+        said = until(lambda name=folder.name: [w for w in warnings(studio, job.slug) if name in w], "a warning")
+        assert "was passed over" in said[0], what
+    assert at_its_end(studio, job.slug).state == "completed"
+    assert len(warnings(studio, job.slug)) == 3
+    steps = history(studio, "damaged")
+    assert sorted(set(steps)) == history(studio, "undisturbed")
+    assert max(repeated(steps)) < 2 * INTERVAL + 5 * BATCH, "from the one before"
     assert_same_bits(life, "damaged", "undisturbed")
 
 
-def test_without_any_whole_checkpoint_it_begins_anew_and_ends_alike(life: Path) -> None:
-    with connect(life) as studio:
-        job = studio.train_sae(**SAE, **RUN, name="begun-anew")
-        until(lambda: (studio.show_job(job=job.slug).progress or 0) >= 0.15, "some progress")
-        kill(life)
-        folders = list((life / "trainings" / "begun-anew" / "checkpoints").iterdir())
-        for folder in folders:
-            (folder / "sae" / "state.safetensors").unlink()
-        assert studio.show_job(job=job.slug, wait_s=120).state == "completed"
-        assert len(warnings(studio, job.slug)) == len(folders) >= 1
+def test_without_any_whole_checkpoint_it_begins_anew_and_ends_alike(life: Path, studio: Studio) -> None:
+    job = studio.train_sae(**SAE, **RUN, name="begun-anew")
+    until(lambda: (studio.show_job(job=job.slug).progress or 0) >= 0.15, "some progress")
+    kill(life)
+    folders = list((life / "trainings" / "begun-anew" / "checkpoints").iterdir())
+    for folder in folders:
+        (folder / "sae" / "state.safetensors").unlink()
+    assert at_its_end(studio, job.slug).state == "completed"
+    assert len(warnings(studio, job.slug)) == len(folders) >= 1
     assert_same_bits(life, "begun-anew", "undisturbed")
 
 
@@ -188,95 +205,102 @@ VARIANTS: list[dict[str, Any]] = [
 ]
 
 
-def test_a_killed_sweep_ends_with_all_its_saes_bit_identical(life: Path) -> None:
+def test_a_killed_sweep_ends_with_all_its_saes_bit_identical(life: Path, studio: Studio) -> None:
     call = {**SAE, **RUN, "d_sae": 256, "n_tokens": 200 * BATCH, "variants": VARIANTS, "eval_tokens": 1024}
-    with connect(life) as studio:
-        studio.train_sae(**call, name="three").wait(120)
-        job = studio.train_sae(**call, name="three-killed")
-        until(lambda: (studio.show_job(job=job.slug).progress or 0) >= 0.6, "some progress")
-        kill(life)
-        assert studio.show_job(job=job.slug, wait_s=120).state == "completed"
-        record = studio.show_training(training="three-killed")
-        assert record.saes == [f"three-killed-{each['name']}" for each in VARIANTS]
-        for each in VARIANTS:
-            assert_same_bits(life, f"three-killed-{each['name']}", f"three-{each['name']}")
-            measured = studio.eval_sae(sae=f"three-killed-{each['name']}", n_tokens=512).wait(60)
-            assert 0 < measured.fvu < 2
+    studio.train_sae(**call, name="three").wait(120)
+    job = studio.train_sae(**call, name="three-killed")
+    until(lambda: (studio.show_job(job=job.slug).progress or 0) >= 0.6, "some progress")
+    kill(life)
+    assert at_its_end(studio, job.slug).state == "completed"
+    record = studio.show_training(training="three-killed")
+    assert record.saes == [f"three-killed-{each['name']}" for each in VARIANTS]
+    for each in VARIANTS:
+        assert_same_bits(life, f"three-killed-{each['name']}", f"three-{each['name']}")
+        measured = studio.eval_sae(sae=f"three-killed-{each['name']}", n_tokens=512).wait(60)
+        assert 0 < measured.fvu < 2
 
 
-def test_an_extension_that_is_killed_ends_bit_identical(life: Path) -> None:
+def test_an_extension_that_is_killed_ends_bit_identical(life: Path, studio: Studio) -> None:
     call = {**SAE, **RUN, "d_sae": 256, "n_tokens": 72 * BATCH}
-    with connect(life) as studio:
-        for name in ("longer", "longer-killed"):
-            studio.train_sae(**call, name=name).wait(60)
-        studio.extend_training(training="longer", n_tokens=200 * BATCH).wait(60)
-        job = studio.extend_training(training="longer-killed", n_tokens=200 * BATCH)
-        until(lambda: (studio.show_job(job=job.slug).progress or 0) >= 0.6, "some progress")
-        kill(life)
-        assert studio.show_job(job=job.slug, wait_s=120).state == "completed"
-        assert studio.show_training(training="longer-killed").saes == ["longer-killed", "longer-killed-2"]
-        assert set(history(studio, "longer-killed")) == set(history(studio, "longer"))
+    for name in ("longer", "longer-killed"):
+        studio.train_sae(**call, name=name).wait(60)
+    studio.extend_training(training="longer", n_tokens=200 * BATCH).wait(60)
+    job = studio.extend_training(training="longer-killed", n_tokens=200 * BATCH)
+    until(lambda: (studio.show_job(job=job.slug).progress or 0) >= 0.6, "some progress")
+    kill(life)
+    assert at_its_end(studio, job.slug).state == "completed"
+    assert studio.show_training(training="longer-killed").saes == ["longer-killed", "longer-killed-2"]
+    assert set(history(studio, "longer-killed")) == set(history(studio, "longer"))
     assert_same_bits(life, "longer-killed-2", "longer-2")
     assert_same_bits(life, "longer-killed", "longer")
 
 
-def test_a_kill_while_activations_are_cached_costs_nothing_but_time(life: Path) -> None:
+def test_a_kill_while_activations_are_cached_costs_nothing_but_time(life: Path, studio: Studio) -> None:
     hooks = [f"blocks.{layer}.{site}" for layer in range(4) for site in ("hook_resid_pre", "hook_resid_post")]
     call = {**SAE, **RUN, "d_sae": 64, "n_tokens": 48 * BATCH, "activations": "cached", "eval_tokens": 0}
-    with connect(life) as studio:
-        job = studio.train_sae(**call, variants=[{"hook_name": hook} for hook in hooks], name="from-disk")
-        until(lambda: list((life / "activations").rglob("shard-*")), "a part of the cache")
-        kill(life)
-        assert studio.show_job(job=job.slug, wait_s=120).state == "completed"
-        live = {**call, "activations": "live", "hook_name": hooks[5]}
-        studio.train_sae(**live, name="live").wait(60)
+    job = studio.train_sae(**call, variants=[{"hook_name": hook} for hook in hooks], name="from-disk")
+    until(lambda: list((life / "activations").rglob("shard-*")), "a part of the cache")
+    kill(life)
+    assert at_its_end(studio, job.slug).state == "completed"
+    live = {**call, "activations": "live", "hook_name": hooks[5]}
+    studio.train_sae(**live, name="live").wait(60)
     assert_same_bits(life, "from-disk-6", "live")
     assert not list(life.rglob("*.part"))
 
 
 @pytest.mark.parametrize("stage", ["evaluating", "running the model"])
-def test_sigterm_writes_a_checkpoint_whatever_it_is_at(life: Path, stage: str) -> None:
+def test_sigterm_writes_a_checkpoint_whatever_it_is_at(life: Path, studio: Studio, stage: str) -> None:
     wide = {"n_tokens": 50_000_000, "eval_tokens": 100_000, "buffer_tokens": 65_536, "checkpoint_interval": 65_536}
-    with connect(life) as studio:
-        job = studio.train_sae(**{**SAE, **RUN, **wide}, name=f"terminated-{stage[:4]}")
-        training = job.subject.partition("/")[2]
-        until(lambda: (studio.show_job(job=job.slug).stage or "").startswith(stage), stage)
-        began = time.monotonic()
-        stop(life)
-        assert time.monotonic() - began < 10
-        assert probe(life) is None
-        folder = newest(life, training)
-        weights = load_file(folder / "sae" / "state.safetensors")
-        assert weights["sae.W_dec"].shape == (768, 64) and weights["sae.W_dec"].isfinite().all()
-        n_steps = int(folder.name.removeprefix("step-"))
-        assert n_steps * BATCH >= max(history(studio, training), default=0), "nothing that was learnt is lost"
-        again = until(lambda: (seen := studio.show_job(job=job.slug)).state == "running" and seen, "its going on")
-        assert again.checkpoint is not None and again.attempt == 1
-        assert studio.control_job(job=job.slug, action="cancel").state in ("running", "cancelled")
-        until(lambda: studio.show_job(job=job.slug).finished, "its end")
+    job = studio.train_sae(**{**SAE, **RUN, **wide}, name=f"terminated-{stage[:4]}")
+    training = job.subject.partition("/")[2]
+    until(lambda: (studio.show_job(job=job.slug).stage or "").startswith(stage), stage)
+    began = time.monotonic()
+    stop(life)
+    assert time.monotonic() - began < 10
+    assert probe(life) is None
+    folder = newest(life, training)
+    weights = load_file(folder / "sae" / "state.safetensors")
+    assert weights["sae.W_dec"].shape == (768, 64) and weights["sae.W_dec"].isfinite().all()
+    n_steps = int(folder.name.removeprefix("step-"))
+    assert n_steps * BATCH >= max(history(studio, training), default=0), "nothing that was learnt is lost"
+    again = until(lambda: (seen := studio.show_job(job=job.slug)).state == "running" and seen, "its going on")
+    assert again.checkpoint is not None and again.attempt == 1
+    assert studio.control_job(job=job.slug, action="cancel").state in ("running", "cancelled")
+    until(lambda: studio.show_job(job=job.slug).finished, "its end")
 
 
-def test_a_second_signal_does_not_wait_for_the_step(home: Path) -> None:
-    command = [sys.executable, "-m", "mistudio_engine.server", "serve", "--home", str(home)]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
-        until(lambda: probe(home), "an engine")
-        with connect(home, autostart=False) as studio:
-            bring_in(studio)
-            # Steps of several seconds: one that has begun is not interrupted by the first signal.
-            heavy = {"architecture": "standard", "d_sae": 8192, "batch_size": 65_536, "buffer_tokens": 65_536}
-            call = {**SAE, **heavy, "n_tokens": 100 * 65_536, "k": None, "log_interval": 1, "eval_tokens": 0}
-            job = studio.train_sae(**{name: value for name, value in call.items() if value is not None})
-            until(lambda: studio.show_job(job=job.slug).stage == "training", "a step")
-            engine = read_engine_file(home)
-            assert engine is not None
-        os.kill(engine.pid, signal.SIGTERM)
-        threading.Event().wait(0.5)
-        assert process_alive(engine.pid), "the first signal waits for a checkpoint"
-        os.kill(engine.pid, signal.SIGTERM)
-        began = time.monotonic()
-        process.wait(10)
-        assert time.monotonic() - began < 1
-        assert not process_alive(engine.pid)
+@pytest.fixture
+def stubborn(tmp_path: Path) -> Iterator[EngineFile]:
+    """An engine that is inside a step of a minute."""
+    home = tmp_path / "home"
+    command = [sys.executable, str(Path(__file__).with_name("stubborn_engine.py")), str(home)]
+    with open(tmp_path / "log", "w") as log, subprocess.Popen(command, cwd=ROOT, env=IMPORTS_US, stderr=log) as process:
+        try:
+            engine = until(lambda: probe(home), "an engine")
+            with httpx.Client(base_url=f"{engine.url}/api/v1", trust_env=False, timeout=60) as http:
+                http.headers["Authorization"] = f"Bearer {engine.token}"
+                job = http.post("/dawdle", json={}).raise_for_status().json()["slug"]
+                until(lambda: http.get(f"/jobs/{job}").json()["stage"] == "dawdling", "the step")
+            yield engine
+        finally:
+            process.kill()
+
+
+def test_a_second_signal_does_not_wait_for_the_step(stubborn: EngineFile) -> None:
+    os.kill(stubborn.pid, signal.SIGTERM)
+    threading.Event().wait(1)
+    assert process_alive(stubborn.pid), "the first signal waits for a checkpoint"
+    os.kill(stubborn.pid, signal.SIGTERM)
+    began = time.monotonic()
+    until(lambda: not process_alive(stubborn.pid), "its end")
+    assert time.monotonic() - began < 1
+
+
+def test_one_signal_waits_ten_seconds_for_a_step_and_no_longer(stubborn: EngineFile) -> None:
+    os.kill(stubborn.pid, signal.SIGTERM)
+    began = time.monotonic()
+    until(lambda: not process_alive(stubborn.pid), "its end")
+    assert time.monotonic() - began < 11
 
 
 def private_disk(home: Path, n_mib: int) -> list[str]:
@@ -325,6 +349,6 @@ def wait_out_a_full_disk(studio: Studio, home: Path) -> None:
     assert again.attempt == 1
     filler.unlink()
     studio.control_job(job=job.slug, action="resume")
-    assert studio.show_job(job=job.slug, wait_s=60).state == "completed"
+    assert at_its_end(studio, job.slug).state == "completed"
     assert set(history(studio, "without")) == set(history(studio, "with-space"))
     assert_same_bits(home, "without", "with-space")

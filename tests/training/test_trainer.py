@@ -439,7 +439,7 @@ def test_auxk_does_not_count_in_the_score_and_a_penalty_does() -> None:
     measured = steps(trainer, 1)[0]
     assert measured.loss > 1.01 * measured.mse
     assert trainer.take_score() == pytest.approx(measured.mse / D_IN, rel=1e-5)
-    penalised = Trainer(config("standard"), settings(sparsity_warm_up_fraction=0))
+    penalised = Trainer(config("standard"), settings(sparsity_warm_up_fraction=0, l1_coefficient=2.0))
     measured = steps(penalised, 1)[0]
     assert measured.loss > 1.01 * measured.mse
     assert penalised.take_score() == pytest.approx(measured.loss / D_IN, rel=1e-5)
