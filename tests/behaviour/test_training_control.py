@@ -214,6 +214,19 @@ def test_a_paused_training_that_is_deleted_does_not_come_back(engine: Engine) ->
     assert ended(engine, train(name="after-it")).state == "completed"
 
 
+def test_two_calls_with_one_key_are_one_training(engine: Engine) -> None:
+    first = engine.call(train(name="only-once", idempotency_key="only-once"))
+    again = engine.call(train(name="only-once", idempotency_key="only-once"))
+    assert again.slug == first.slug
+    assert engine.jobs.wait(first.slug, SECONDS).state == "completed"
+    assert engine.call(train(name="only-once", idempotency_key="only-once")).state == "completed"
+    with pytest.raises(Conflict, match="another call"):
+        engine.call(train(name="another", idempotency_key="only-once"))
+    key = {"training": "only-once", "n_tokens": 2048, "idempotency_key": "once-more"}
+    jobs = {completed(engine, ExtendTraining(**key)).slug for _ in range(2)}
+    assert len(jobs) == 1 and training_of(engine, "only-once").saes == ["only-once", "only-once-2"]
+
+
 def test_tokens_of_another_model_are_refused(engine: Engine, slow: str) -> None:
     (tokens,) = engine.store.all(TokensRecord, model=slow)
     with pytest.raises(BadInput, match="made for model/slow"):

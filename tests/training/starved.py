@@ -17,7 +17,7 @@ from mistudio_engine.training.trainer import Trainer
 BATCH, D_IN, D_SAE = 2048, 64, 8192  # a dense matrix is 64 MiB, and a step has several
 
 
-def steps(architecture: str, spare: int | None) -> dict[str, Any]:
+def steps(architecture: str, spare: int | None) -> tuple[dict[str, Any], Trainer]:
     """What becomes of two steps of a process that may allocate `spare` bytes more; None for no limit."""
     hp = settings(
         n_tokens=4 * BATCH,
@@ -42,17 +42,19 @@ def steps(architecture: str, spare: int | None) -> dict[str, Any]:
         error = str(raised)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-    weights = {name: p.detach().double() for name, p in trainer.sae.named_parameters()}
-    return {
+    outcome = {
         "steps": measured,
-        "weights": {name: [float(weight.sum()), float(weight.norm())] for name, weight in weights.items()},
         "warnings": trainer.warnings,
         "micro_batch_size": trainer.micro_batch_size,
         "n_steps_done": trainer.n_steps_done,
         "error": error,
     }
+    return outcome, trainer
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(json.dumps([steps(sys.argv[1], int(sys.argv[2])), steps(sys.argv[1], None)]))
+    (little, limited), (plenty, free) = steps(sys.argv[1], int(sys.argv[2])), steps(sys.argv[1], None)
+    pairs = zip(limited.sae.named_parameters(), free.sae.parameters(), strict=True)
+    apart = {name: float(((ours - theirs).norm() / theirs.norm()).detach()) for (name, ours), theirs in pairs}
+    print(json.dumps([little, plenty, apart]))

@@ -110,7 +110,7 @@ class Problem:
         if "threshold" in self.weights:
             self.weights["threshold"].abs_()
 
-    def trainer(self, **more: Any) -> Trainer:
+    def trainer(self, device: str = "cpu", **more: Any) -> Trainer:
         """One that is to make a step of this."""
         values: dict[str, Any] = {"n_tokens": len(self.x), "batch_size": len(self.x), "buffer_tokens": len(self.x)}
         values |= {"scale_inputs": False, "precision": "fp32", "dead_feature_window": WINDOW, **self.penalty}
@@ -119,7 +119,7 @@ class Problem:
             values |= {"pre_act_loss_coefficient": 0.3, "jumprelu_bandwidth": 0.4, "l0_coefficient": 0.7}
         if self.cfg.activation not in ("topk", "batchtopk"):
             values |= {"sparsity_warm_up_fraction": 0}
-        trainer = Trainer(self.cfg, Hyperparameters(**(values | more)))
+        trainer = Trainer(self.cfg, Hyperparameters(**(values | more)), device=device)
         with torch.no_grad():
             for name, weight in self.weights.items():
                 trainer.sae.get_parameter(name).copy_(weight)
@@ -314,6 +314,20 @@ def test_bfloat16_rounds_as_many_pre_activations_into_a_window_as_out_of_it(arch
         objective(trainer, problem.x, problem.y).parts["l0_loss"].backward()
         grads.append(gradients(trainer)["threshold"].sum())
     assert off(grads[1], grads[0]) < (0.03 if path == "dense" else 1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("path", ["dense", "sparse"])
+@pytest.mark.parametrize("architecture", ALL)
+def test_a_gpu_makes_the_steps_of_a_cpu(architecture: str, path: str) -> None:
+    problem = Problem(architecture, 7, batch=64, d_in=32, d_sae=256)
+    ours, theirs = problem.trainer(path=path, device="cuda"), problem.trainer(path=path)
+    for _ in range(3):
+        measured, expected = (trainer.step(problem.x, problem.y) for trainer in (ours, theirs))
+        assert measured == pytest.approx(expected, rel=1e-3)
+    for name, weight in theirs.sae.named_parameters():
+        assert off(ours.sae.get_parameter(name).detach().cpu(), weight.detach()) < 1e-3, name
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

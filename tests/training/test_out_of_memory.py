@@ -17,7 +17,8 @@ A_LITTLE, NEXT_TO_NOTHING = 200 << 20, 1 << 20
 
 
 def starved(architecture: str, spare: int) -> list[dict[str, Any]]:
-    """Two steps of a trainer that may allocate `spare` bytes more, and of one that may have all (starved.py)."""
+    """Two steps of a trainer that may allocate `spare` bytes more, of one that may have all, and how far apart their
+    weights are (starved.py)."""
     script = Path(__file__).with_name("starved.py")
     paths = os.pathsep.join([str(script.parent), str(script.parents[2])])
     env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": paths}
@@ -29,7 +30,7 @@ def starved(architecture: str, spare: int) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("architecture", ["standard", "jumprelu_transcoder"])
 def test_where_memory_runs_out_the_same_steps_are_made_in_smaller_parts(architecture: str) -> None:
-    little, plenty = starved(architecture, A_LITTLE)
+    little, plenty, apart = starved(architecture, A_LITTLE)
     assert little["error"] is None
     assert little["micro_batch_size"] < 2048 == plenty["micro_batch_size"]
     assert plenty["warnings"] == []
@@ -37,20 +38,19 @@ def test_where_memory_runs_out_the_same_steps_are_made_in_smaller_parts(architec
     assert said in little["warnings"][0]
     for ours, theirs in zip(little["steps"], plenty["steps"], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
-    assert little["weights"].keys() == plenty["weights"].keys()
-    for name, numbers in little["weights"].items():
-        assert numbers == pytest.approx(plenty["weights"][name], rel=1e-4, abs=1e-4), name
+    # Adam's first steps have the size of lr whatever the gradient's: one that is next to zero may round to either sign.
+    assert {name: distance for name, distance in apart.items() if distance > 1e-4} == {}
 
 
 def test_a_batchtopk_that_runs_out_of_memory_goes_on_and_says_that_its_choice_is_another() -> None:
-    little, _ = starved("batchtopk", A_LITTLE)
+    little, *_ = starved("batchtopk", A_LITTLE)
     assert little["n_steps_done"] == 2
     assert "among which alone BatchTopK then chooses" in little["warnings"][0]
     assert [step["l0"] for step in little["steps"]] == [4, 4]
 
 
 def test_where_not_even_one_token_fits_it_says_what_is_needed() -> None:
-    little, plenty = starved("standard", NEXT_TO_NOTHING)
+    little, plenty, _ = starved("standard", NEXT_TO_NOTHING)
     assert little["n_steps_done"] == 0
     assert "This training needs" in little["error"]
     assert "Lower d_sae" in little["error"]

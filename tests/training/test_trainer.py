@@ -91,6 +91,19 @@ def test_training_explains_most_of_the_variance_and_the_finished_sae_works_on_ra
     assert torch.equal(again(x), sae(x))
 
 
+@pytest.mark.parametrize("path", ["dense", "sparse"])
+@pytest.mark.parametrize("architecture", ["standard", "gated", "jumprelu", "batchtopk", "topk_skip_transcoder"])
+def test_training_in_bfloat16_ends_where_fp32_does(architecture: str, path: str) -> None:
+    ends = []
+    for precision in ("fp32", "bf16"):
+        hp = settings(**LONG, **sparsity(architecture), path=path, precision=precision)
+        trainer = Trainer(config(architecture), hp)
+        last = steps(trainer, 400)[-20:]
+        ends.append((sum(step.fvu for step in last) / 20, sum(step.l0 for step in last) / 20))
+        assert trainer.sae.dtype == torch.float32
+    assert ends[1] == pytest.approx(ends[0], rel=0.15)
+
+
 def inside(trainer: Trainer) -> SAE:
     """The SAE in training as it runs on normalised activations; BatchTopK's with the threshold that it has learnt."""
     sae = new_sae(trainer.sae.cfg, weights_of(trainer))
