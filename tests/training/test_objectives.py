@@ -322,7 +322,8 @@ def test_bfloat16_rounds_as_many_pre_activations_into_a_window_as_out_of_it(arch
 @pytest.mark.parametrize("architecture", ALL)
 def test_a_gpu_makes_the_steps_of_a_cpu(architecture: str, path: str) -> None:
     problem = Problem(architecture, 7, batch=64, d_in=32, d_sae=256)
-    ours, theirs = problem.trainer(path=path, device="cuda"), problem.trainer(path=path)
+    run = {"path": path, "n_tokens": 640}
+    ours, theirs = problem.trainer(**run, device="cuda"), problem.trainer(**run)
     for _ in range(3):
         measured, expected = (trainer.step(problem.x, problem.y) for trainer in (ours, theirs))
         assert measured == pytest.approx(expected, rel=1e-3)
