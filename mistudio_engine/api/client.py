@@ -195,7 +195,7 @@ class AsyncStudio:
             if record.finished or record.state == "paused":
                 return outcome_of(record)
             if record.state == "interrupted":
-                if (await self.call(Status())).state != "starting":
+                if (await self.call(Status())).state not in ("starting", "restarting"):
                     return outcome_of(record)
                 await asyncio.sleep(0.2)  # the engine will say at once whether the job goes on
             if deadline is not None and time.monotonic() >= deadline:

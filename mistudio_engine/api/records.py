@@ -22,6 +22,7 @@ __all__ = [
     "ExperimentRecord",
     "ExportRecord",
     "ExtractionRecord",
+    "Finding",
     "Job",
     "JobState",
     "LabelRecord",
@@ -354,7 +355,25 @@ class LabelRecord(Data):
     """Balanced accuracy on held-out examples, 0.5 is chance."""
 
     evidence: str = ""
+    scores: dict[str, Any] = {}
+    """How well it foretells where the feature fires, by method: detection, fuzzing, rule."""
+
     created_at: float = 0.0
+
+
+class Finding(Data):
+    """Something that was found out about a feature, as it was then; later ones do not replace it."""
+
+    sae: str
+    index: int
+    kind: Literal["attempt", "ablation", "test"]
+    """attempt: what a labeller asked and was answered."""
+
+    author: str = "person"
+    """`person`, `agent:<name>` or `job:<slug>`."""
+
+    created_at: float = 0.0
+    body: dict[str, Any] = {}
 
 
 class ExperimentRecord(Record):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 
-from mistudio_engine.handlers import jobs, system, templates  # noqa: F401  they register themselves
+from mistudio_engine.handlers import jobs, settings, system, templates  # noqa: F401  they register themselves
 from mistudio_engine.handlers.registry import HANDLERS, PLANS, RUNS
 from mistudio_engine.runtime.engine import Engine, Registry
 
@@ -24,6 +24,10 @@ SCIENCE = (
     "saes",
     "extractions",
     "labels",
+    "scores",
+    "analysis",
+    "ablation",
+    "published",
     "features",
     "steering",
     "exports",

@@ -112,8 +112,8 @@ class Engine:
         backoff = {"backoff_seconds": ()} if self.offline else {}
         self.jobs = Jobs(self.store, self.bus, self.compute, self.home, self._runners, **backoff)
         self.jobs.on_device_lost(self._device_lost)
-        self.end_process: Callable[[], object] = self.compute.close
-        """Ends this process after its device was lost, at once; set by who can start another."""
+        self.restart: Callable[[], object] | None = None
+        """Ends this process at once, for another to go on after the device was lost; set by who can start another."""
         self._ready = threading.Event()
         self._start_error: BaseException | None = None
         self._submitting = threading.Lock()
@@ -144,17 +144,25 @@ class Engine:
     def _device_lost(self, why: str) -> None:
         """Nothing may run here any more: the jobs are interrupted, and the process ends."""
         log.critical("the device was lost: %s; this engine ends and its jobs go on in the next one", why)
-        self.state = "stopping"
+        self.state = "restarting" if self.restart else "stopping"
         self.compute.close()
+        self.store.after_commit(partial(self._leave, why))
+
+    def _leave(self, why: str) -> None:
         self.jobs.abandon(why)
-        self.end_process()
+        if self.restart:
+            self.restart()
 
     def stop(self, seconds: float = 10.0) -> None:
-        """Let running jobs write a checkpoint, then stop every thread and close every file."""
+        """Let running jobs write a checkpoint, then stop every thread and close every file.
+
+        A step that has not ended after `seconds` is left behind, with its thread.
+        """
+        ends_at = time.monotonic() + seconds
         self.state = "stopping"
         self.jobs.shutdown(seconds)
         self.monitor.stop()
-        self.compute.stop()
+        self.compute.stop(max(0.0, ends_at - time.monotonic()))
         self.memory.clear()
         if self.index is not None:
             self.index.close()

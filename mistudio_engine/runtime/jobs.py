@@ -88,7 +88,10 @@ class Jobs:
         """How errors of libraries are to be taken (see `attempt.Host`); set by who knows them."""
 
     def on_device_lost(self, callback: Callable[[str], object]) -> None:
-        """Calls `callback` with the reason, on the thread it happened on, once a job has lost the device and rests."""
+        """Calls `callback` with the reason, on the thread it happened on, when a job has lost the device.
+
+        It is called within the transaction that writes the job's end, before anybody can read of it.
+        """
         self._device_lost = callback
 
     def on_change(self, callback: Callable[[Job], None]) -> None:
@@ -184,7 +187,7 @@ class Jobs:
             self._store.after_commit(self._all_ended.set)
         if (why := ending.device_lost) is not None:
             self._book.note(self.get(slug), "device_lost", {"why": why})
-            self._store.after_commit(lambda: self._device_lost(why))
+            self._device_lost(why)
 
     def patience_seconds(self, slug: str) -> float | None:
         """How long to wait before a job that met a passing fault is tried again (see `attempt.Host`)."""

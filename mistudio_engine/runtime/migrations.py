@@ -74,7 +74,21 @@ def first_schema(connection: sqlite3.Connection) -> None:
     connection.execute("INSERT INTO log VALUES (lower(hex(randomblob(8))))")
 
 
-MIGRATIONS: tuple[Migration, ...] = (first_schema,)
+def findings(connection: sqlite3.Connection) -> None:
+    """What was found out about features, one row each time: answers of labellers, ablations, tests."""
+    connection.execute(
+        """CREATE TABLE findings (
+            id INTEGER PRIMARY KEY AUTOINCREMENT,
+            sae TEXT NOT NULL,
+            feature INTEGER NOT NULL,
+            kind TEXT NOT NULL,
+            body TEXT NOT NULL
+        )"""
+    )
+    connection.execute("CREATE INDEX findings_of_feature ON findings (sae, kind, feature, id)")
+
+
+MIGRATIONS: tuple[Migration, ...] = (first_schema, findings)
 """All steps so far; the version of the schema is how many there are."""
 
 

@@ -25,7 +25,7 @@ from pydantic_core import from_json, to_json
 
 from mistudio_engine.api.errors import Conflict, CorruptFile, NotFound
 from mistudio_engine.api.events import Event
-from mistudio_engine.api.records import LabelRecord, Page, Record
+from mistudio_engine.api.records import Finding, LabelRecord, Page, Record
 from mistudio_engine.runtime.files import disk_full
 from mistudio_engine.runtime.migrations import migrate
 from mistudio_engine.runtime.rows import (
@@ -442,10 +442,51 @@ class Store:
             ).fetchall()
         return {feature: LabelRecord.model_validate_json(body) for feature, body, _ in rows}
 
+    def score_label(
+        self, sae: str, index: int, version: int, scores: Mapping[str, Any], confidence: float | None
+    ) -> LabelRecord | None:
+        """Writes down how well a version of a label did, beside what is known of it; None where there is none such.
+
+        The version stays the same: its words, its author and its time do not change.
+        """
+        with self.transaction():
+            for label in self.label_history(sae, index):
+                if label.version == version:
+                    changes = {"scores": {**label.scores, **scores}, "confidence": confidence}
+                    label = label.model_copy(update=changes)
+                    self._writer.execute(
+                        "UPDATE labels SET body = ? WHERE sae = ? AND feature = ? AND version = ?",
+                        (label.model_dump_json(), sae, index, version),
+                    )
+                    return label
+        return None
+
     def delete_labels(self, sae: str) -> None:
-        """Forgets all labels of an SAE that is deleted; a later one of the same name begins without any."""
+        """Forgets all labels and findings of an SAE that is deleted; a later one of the same name begins without any."""
         with self.transaction():
             self._writer.execute("DELETE FROM labels WHERE sae = ?", (sae,))
+            self._writer.execute("DELETE FROM findings WHERE sae = ?", (sae,))
+
+    # Findings
+
+    def add_findings(self, found: Sequence[Finding]) -> None:
+        """Keeps what was found out about features."""
+        at = time.time()
+        rows = [each if each.created_at else each.model_copy(update={"created_at": at}) for each in found]
+        with self.transaction():
+            self._writer.executemany(
+                "INSERT INTO findings (sae, feature, kind, body) VALUES (?, ?, ?, ?)",
+                [(each.sae, each.index, each.kind, each.model_dump_json()) for each in rows],
+            )
+
+    def findings(self, sae: str, index: int, kind: str, limit: int = -1) -> list[Finding]:
+        """What was found out about a feature, newest first."""
+        with self._reading() as connection:
+            rows = connection.execute(
+                "SELECT body FROM findings WHERE sae = ? AND kind = ? AND feature = ? ORDER BY id DESC LIMIT ?",
+                (sae, kind, index, limit),
+            ).fetchall()
+        return [Finding.model_validate_json(body) for (body,) in rows]
 
     # Embeddings
 

@@ -68,7 +68,7 @@ def run(home: Path | None, *, host: str, port: int, allow_remote: bool, log_leve
 
         engine = Engine(home, REGISTRY)
         # At once: what a poisoned CUDA context would still be asked for only fails, and may hang.
-        engine.end_process = partial(os._exit, EXIT_DEVICE_LOST)
+        engine.restart = partial(os._exit, EXIT_DEVICE_LOST)
         url = f"http://{_url_host(host)}:{listener.getsockname()[1]}"
         lock.describe(url)
         hosts = frozenset() if _is_loopback(host) else frozenset({host.lower(), socket.gethostname().lower()})

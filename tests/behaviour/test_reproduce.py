@@ -28,7 +28,7 @@ from mistudio_engine.runtime.engine import Engine
 from mistudio_engine.server.cli import main
 from tests.behaviour.doors import Served
 
-TRAIN: dict[str, Any] = {"model": "tiny", "dataset": "corpus", "hook_name": DEMO_HOOK, "d_sae": 64, "k": 8, "seed": 3}
+TRAIN: dict[str, Any] = {"model": "tiny", "dataset": "recorded", "hook_name": DEMO_HOOK, "d_sae": 64, "k": 8, "seed": 3}
 SMALL = {"n_tokens": 4096, "batch_size": 512, "buffer_tokens": 4096}
 
 
@@ -39,7 +39,9 @@ def done(engine: Engine, operation: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def engine(studio: Served) -> Engine:
-    """One that has trained `once`."""
+    """One that has trained `once`, on a dataset that no other test tokenises or counts on."""
+    tokens = GetDataset(source="embedded", name="recorded", model="tiny", n_tokens=40_000)
+    assert done(studio.engine, tokens).state == "completed"
     job = done(studio.engine, TrainSAE(**TRAIN, name="once", hyperparameters=SMALL))  # type: ignore[arg-type]
     assert job.state == "completed", job.error
     return studio.engine
@@ -54,7 +56,7 @@ def reproduced(engine: Engine, ref: str, **arguments: Any) -> Any:
 @pytest.mark.parametrize("ref", ["training/once", "sae/once"])
 def test_the_same_training_has_the_same_bits(engine: Engine, ref: str) -> None:
     # By now the dataset has another tokenisation, which is the newest: the old one is what counts.
-    tokens = GetDataset(source="embedded", name="corpus", model="tiny", n_tokens=40_000, context_size=64)
+    tokens = GetDataset(source="embedded", name="recorded", model="tiny", n_tokens=40_000, context_size=64)
     assert done(engine, tokens).state == "completed"
     made, result = reproduced(engine, ref)
     assert result["identical"] and not result["differing"] and not result["changes"]
@@ -119,13 +121,13 @@ def test_what_cannot_be_made_again_is_refused(engine: Engine) -> None:
     engine.call(DeleteSAE(sae="gone"))
     assert "Deleted: gone" in str(refusal(engine, "training/gone"))
     long = {**SMALL, "n_tokens": 50_000_000}
-    job = engine.call(TrainSAE(**TRAIN, name="stopped", hyperparameters=long))  # type: ignore[arg-type]
+    job = engine.call(TrainSAE(**TRAIN, name="left-half-way", hyperparameters=long))  # type: ignore[arg-type]
     assert isinstance(refusal(engine, f"job/{job.slug}"), Conflict)
     while engine.call(ShowJob(job=job.slug)).metrics.get("n_tokens", 0) < 1024:
         engine.jobs.wait(job.slug, 0.1)
-    engine.call(StopTraining(training="stopped"))
+    engine.call(StopTraining(training="left-half-way"))
     assert engine.jobs.wait(job.slug, 60).state == "completed"
-    assert isinstance(refusal(engine, "training/stopped"), Unsupported)
+    assert isinstance(refusal(engine, "training/left-half-way"), Unsupported)
 
 
 def test_cancelling_it_cancels_the_training_and_pausing_pauses_it(engine: Engine) -> None:

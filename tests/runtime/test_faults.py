@@ -79,6 +79,9 @@ def lose(machine: Machine, puppet: Puppet) -> list[str]:
 
     def on_lost(why: str) -> None:
         machine.lane.close()
+        machine.store.after_commit(lambda: leave(why))
+
+    def leave(why: str) -> None:
         machine.jobs.abandon(why)
         left.put((why, [job.state for job in machine.store.all(Job)]))
 
@@ -164,7 +167,7 @@ def test_a_call_that_is_no_job_is_judged_alike(tmp_path: Path) -> None:
     registry = Registry({Status: handle}, {}, {}, load, lambda operation, _: operation, lambda *_: None)
     engine = Engine(tmp_path, registry)
     ended: list[str] = []
-    engine.end_process = lambda: ended.append(engine.state)
+    engine.restart = lambda: ended.append(engine.state)
     engine.start()
     engine.wait_ready()
     assert str(engine.call(Status())) == "ready"
@@ -178,7 +181,7 @@ def test_a_call_that_is_no_job_is_judged_alike(tmp_path: Path) -> None:
     errors.append(Lost(CUDA))
     with pytest.raises(Internal, match=CUDA):
         engine.call(Status())
-    assert ended == ["stopping"]
+    assert ended == ["restarting"]
     with pytest.raises(Cancelled):
         engine.compute.run(lambda: None)
     engine.stop()

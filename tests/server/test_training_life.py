@@ -296,9 +296,6 @@ def test_a_second_signal_does_not_wait_for_the_step(stubborn: EngineFile) -> Non
     assert time.monotonic() - began < 1
 
 
-@pytest.mark.xfail(
-    strict=True, reason="Engine.stop waits ten seconds for the jobs, then ten more for the compute thread"
-)
 def test_one_signal_waits_ten_seconds_for_a_step_and_no_longer(stubborn: EngineFile) -> None:
     os.kill(stubborn.pid, signal.SIGTERM)
     began = time.monotonic()

@@ -1,6 +1,8 @@
 """The catalogue: importing this package loads every operation into `OPERATIONS`. It imports no torch."""
 
 from mistudio_engine.api.operations import (
+    ablation,
+    analysis,
     datasets,
     exports,
     extractions,
@@ -8,13 +10,18 @@ from mistudio_engine.api.operations import (
     jobs,
     labels,
     models,
+    published,
     reproduce,
     saes,
+    scores,
+    settings,
     steering,
     system,
     templates,
     training,
 )
+from mistudio_engine.api.operations.ablation import *
+from mistudio_engine.api.operations.analysis import *
 from mistudio_engine.api.operations.base import OPERATIONS, JobOperation, Operation, Route
 from mistudio_engine.api.operations.datasets import *
 from mistudio_engine.api.operations.exports import *
@@ -23,8 +30,11 @@ from mistudio_engine.api.operations.features import *
 from mistudio_engine.api.operations.jobs import *
 from mistudio_engine.api.operations.labels import *
 from mistudio_engine.api.operations.models import *
+from mistudio_engine.api.operations.published import *
 from mistudio_engine.api.operations.reproduce import *
 from mistudio_engine.api.operations.saes import *
+from mistudio_engine.api.operations.scores import *
+from mistudio_engine.api.operations.settings import *
 from mistudio_engine.api.operations.steering import *
 from mistudio_engine.api.operations.system import *
 from mistudio_engine.api.operations.templates import *
@@ -35,6 +45,8 @@ __all__ = sorted(
     | {
         name
         for module in (
+            ablation,
+            analysis,
             datasets,
             exports,
             extractions,
@@ -42,8 +54,11 @@ __all__ = sorted(
             jobs,
             labels,
             models,
+            published,
             reproduce,
             saes,
+            scores,
+            settings,
             steering,
             system,
             templates,

@@ -39,7 +39,9 @@ class Resident(Data):
 class SystemStatus(Data):
     """How the engine is."""
 
-    state: Literal["starting", "ready", "stopping"]
+    state: Literal["starting", "ready", "restarting", "stopping"]
+    """`restarting` after the device was lost: another process takes this one's place, and its jobs go on."""
+
     version: str
     home: str = ""
     device: str = ""

@@ -1,0 +1,5 @@
+"""Operations on settings of the engine."""
+
+from __future__ import annotations
+
+__all__: list[str] = []

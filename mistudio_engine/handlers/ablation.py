@@ -1,0 +1,3 @@
+"""Handlers of api/operations/ablation.py."""
+
+from __future__ import annotations

@@ -1,0 +1,3 @@
+"""Handlers of api/operations/analysis.py."""
+
+from __future__ import annotations
