@@ -17,7 +17,7 @@ window can be cut later. It knows no text and writes no file.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -126,6 +126,17 @@ class ExamplePool:
     def activations(self, record: NDArray[np.int64]) -> tuple[NDArray, NDArray[np.int32], NDArray[np.float32]]:
         """Offsets (n + 1,), positions and values of the activations in these examples' contexts; none for record -1."""
         return self._records.gather(record)
+
+    def state(self) -> dict[str, NDArray]:
+        """What `restore` needs to go on."""
+        groups = {"top": self._top, "strata": self._strata, "random": self._random, "zero": self._zero}
+        return {**groups, "exponent": self._exponent, **self._records.state()}
+
+    def restore(self, state: Mapping[str, NDArray]) -> None:
+        """Go on where `state` was taken."""
+        self._top, self._strata, self._random = state["top"], state["strata"], state["random"]
+        self._zero, self._exponent = state["zero"], state["exponent"]
+        self._records.restore(state)
 
     def _keep_zero(self, block: Block, runs: Runs) -> None:
         n_zero = self._zero.shape[1]
@@ -245,6 +256,16 @@ class _Records:
         length[known] = self.start[record[known] + 1] - self.start[record[known]]
         entries = _ranges(self.start[record], length)
         return np.append(0, np.cumsum(length)), self.positions[entries], self.values[entries]
+
+    def state(self) -> dict[str, NDArray]:
+        columns = ("context", "position", "value", "start", "positions", "values")
+        compact_at = np.array([self.compact_at], dtype=np.int64)
+        return {name: getattr(self, name) for name in columns} | {"compact_at": compact_at}
+
+    def restore(self, state: Mapping[str, NDArray]) -> None:
+        self.context, self.position, self.value = state["context"], state["position"], state["value"]
+        self.start, self.positions, self.values = state["start"], state["positions"], state["values"]
+        self.compact_at = int(state["compact_at"][0])
 
     def compact(self, held: NDArray[np.bool_]) -> NDArray[np.int64]:
         """Keep the held ones only, in the same order; the new number of each old one."""

@@ -3,7 +3,8 @@
 Activations are made sparse at once and go through accumulators block by block (statistics, histograms, top tokens,
 examples), so memory grows with the features and not with the text. Contexts are visited in a seeded random order: what
 comes first is then a fair sample, and an extraction that is stopped early is one of fewer tokens, not of the first
-book. Nothing is kept between runs: an interrupted extraction starts again and gives the same result.
+book. The model runs once, however many SAEs read it. A run that is interrupted goes on from its last checkpoint and
+ends with the same bits.
 
 It knows no labels and no text; extraction_store.py reads what it writes.
 """
@@ -13,8 +14,8 @@ from __future__ import annotations
 import hashlib
 import platform
 import time
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,12 +23,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from mistudio_engine.api.errors import BadInput, Conflict, EmptyData
 from mistudio_engine.api.events import Signal
-from mistudio_engine.discovery.activation_block import Block, sparse_acts
 from mistudio_engine.discovery.examples import ExamplePool
+from mistudio_engine.discovery.extraction_checkpoint import Keeper
+from mistudio_engine.discovery.extraction_reader import ExtractionReader, WhichTokens
 from mistudio_engine.discovery.extraction_store import (
     CONTEXTS_FILE,
     DENSE_ABOVE,
@@ -39,9 +40,10 @@ from mistudio_engine.discovery.extraction_store import (
     file_sha256,
     load_extraction,
 )
-from mistudio_engine.discovery.extraction_writer import ExtractionWriter, FeatureTotals
+from mistudio_engine.discovery.extraction_writer import ExtractionWriter
 from mistudio_engine.discovery.histogram import N_LOG_BINS
-from mistudio_engine.models.hooks import activations, check_width
+from mistudio_engine.discovery.totals import FeatureTotals
+from mistudio_engine.models.hooks import check_width
 from mistudio_engine.saes.folders import new_folder
 
 if TYPE_CHECKING:
@@ -49,13 +51,15 @@ if TYPE_CHECKING:
     from mistudio_engine.models.tokens import PackedTokens
     from mistudio_engine.saes.base import SAE
 
-__all__ = ["ExtractProgress", "extract", "load_extraction", "working_bytes"]
-
-_STEP_FLOPS_CPU, _STEP_FLOPS_GPU = 5e9, 2e12
-"""Arithmetic in one step: about a tenth of a second on two cores, or on a data-centre GPU."""
-
-_BLOCK_TOKENS, _BLOCK_ENTRIES = 8192, 1 << 18
-"""A block is taken in when it has so many tokens or activations: another tenth of a second."""
+__all__ = [
+    "ExtractProgress",
+    "ExtractionSettings",
+    "Target",
+    "extract",
+    "extract_together",
+    "load_extraction",
+    "working_bytes",
+]
 
 _PASS_SHARE = 0.9
 """Share of the work that is the pass; the rest is writing."""
@@ -75,6 +79,83 @@ class ExtractProgress(NamedTuple):
     eta_seconds: float | None
     """Seconds left at this rate; None in the first step."""
 
+    checkpointed: bool = False
+    """A checkpoint was completed in this step."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """An SAE whose features are looked at."""
+
+    sae: SAE
+    hook_name: str
+    """Where it reads."""
+
+    folder: Path
+    """Its extraction; made, whole or not at all."""
+
+    features: Sequence[int] | None = None
+    """Only these; None takes all."""
+
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """Hashes and versions to record beside ours."""
+
+
+@dataclass(frozen=True)
+class ExtractionSettings:
+    """What is asked for, as it is recorded.
+
+    Raises:
+        BadInput: a number is out of range.
+    """
+
+    n_tokens: int | None = None
+    """Use at most so many real tokens, in whole contexts chosen at random; None uses all."""
+
+    n_examples: int = 20
+    """Contexts with the largest activations kept for each feature."""
+
+    n_quantiles: int = 5
+    """Equal parts of [0, maximum] that the quantile examples are drawn from …"""
+
+    n_per_quantile: int = 5
+    """… so many from each."""
+
+    n_random: int = 5
+    """Contexts drawn from those in which the feature fires."""
+
+    n_zero: int = 5
+    """Contexts drawn from those in which it never does."""
+
+    n_top_tokens: int = 50
+    """Tokens kept by count, by mean and by maximum."""
+
+    n_partners: int = 20
+    """Features kept that fire on the same tokens most."""
+
+    min_activation: float = 0.0
+    """Smaller activations count as none."""
+
+    exclude_special: bool = True
+    """Leave BOS, EOS and other special tokens out of everything (padding always is)."""
+
+    exclude_token_ids: tuple[int, ...] = ()
+    """Leave these out as well."""
+
+    exclude_first: int = 0
+    """Leave so many positions at the beginning of each context out."""
+
+    seed: int = 0
+    """For the order of the contexts, and with it the quantile, random and zero examples. Statistics and top examples
+    of a run over all tokens do not depend on it."""
+
+    def __post_init__(self) -> None:
+        at_least_one = {"n_examples", "n_quantiles", "n_top_tokens"}
+        for name in (each.name for each in fields(self) if each.type in ("int", "float")):
+            value, least = getattr(self, name), 1 if name in at_least_one else 0
+            if not value >= least:
+                raise BadInput(f"{name} is {value}.", fix=f"Use at least {least}.")
+
 
 def extract(
     lm: LanguageModel,
@@ -83,120 +164,107 @@ def extract(
     hook_name: str,
     folder: Path,
     *,
-    n_tokens: int | None = None,
-    n_examples: int = 20,
-    n_quantiles: int = 5,
-    n_per_quantile: int = 5,
-    n_random: int = 5,
-    n_zero: int = 5,
-    n_top_tokens: int = 50,
     features: Sequence[int] | None = None,
-    min_activation: float = 0.0,
-    exclude_special: bool = True,
-    seed: int = 0,
-    provenance: dict[str, Any] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    checkpoint: Path | None = None,
+    **settings: Any,
 ) -> Generator[ExtractProgress, Signal | None, ExtractionStore]:
-    """Extract all features; a generator of small steps that returns the opened extraction.
+    """`extract_together` for one SAE; the settings are those of `ExtractionSettings`."""
+    target = Target(sae, hook_name, Path(folder), features, provenance or {})
+    (store,) = yield from extract_together(lm, [target], tokens, ExtractionSettings(**settings), checkpoint=checkpoint)
+    return store
 
-    Send it `Signal.STOP` to finish early with the tokens seen so far; close it to cancel, which leaves nothing behind.
-    There are no checkpoints: a run that was interrupted starts again.
+
+def extract_together(
+    lm: LanguageModel,
+    targets: Sequence[Target],
+    tokens: PackedTokens,
+    settings: ExtractionSettings | None = None,
+    *,
+    checkpoint: Path | None = None,
+    checkpoint_seconds: float = 60.0,
+) -> Generator[ExtractProgress, Signal | None, list[ExtractionStore]]:
+    """Extract all features of some SAEs of one model in one pass; a generator of small steps.
+
+    Send it `Signal.STOP` to finish early with the tokens seen so far, `Signal.CHECKPOINT` to write a checkpoint now;
+    close it to cancel, which leaves nothing behind but the checkpoint.
 
     Args:
         lm: the language model.
-        sae: reads the activations at `hook_name`.
+        targets: SAEs with their hooks and folders.
         tokens: packed contexts.
-        hook_name: where the SAE reads.
-        folder: made here, whole or not at all.
-        n_tokens: use at most so many real tokens, in whole contexts chosen at random; None uses all.
-        n_examples: contexts with the largest activations kept for each feature.
-        n_quantiles: equal parts of [0, maximum] that the quantile examples are drawn from …
-        n_per_quantile: … so many from each.
-        n_random: contexts drawn from those in which the feature fires.
-        n_zero: contexts drawn from those in which it never does.
-        n_top_tokens: tokens kept by count, by mean and by maximum.
-        features: only these; None takes all.
-        min_activation: smaller activations count as none.
-        exclude_special: leave BOS, EOS and other special tokens out of everything (padding always is).
-        seed: for the order of the contexts, and with it the quantile, random and zero examples. Statistics and top
-            examples of a run over all tokens do not depend on it.
-        provenance: hashes and versions to record beside ours.
+        settings: the same for all.
+        checkpoint: file that the state of the pass is written to now and then, and that an interrupted run goes on
+            from; the result has the same bits as that of an undisturbed run. None writes none.
+        checkpoint_seconds: between two of them.
+
+    Returns:
+        The opened extractions, in the order of the targets.
 
     Raises:
-        Conflict: `folder` exists.
-        BadInput: a number is out of range, a feature index is, or an activation is not finite.
-        UnknownHook, WrongShape: the hook is not the model's, or not as wide as the SAE.
+        Conflict: a folder exists.
+        BadInput: a feature index is out of range, or an activation is not finite.
+        UnknownHook, WrongShape: a hook is not the model's, or not as wide as its SAE.
         EmptyData: no token is left to look at.
-        DiskFull: the disk is full; nothing is left behind.
     """
-    folder = Path(folder)
-    settings = _Settings(
-        n_tokens=n_tokens,
-        n_examples=n_examples,
-        n_quantiles=n_quantiles,
-        n_per_quantile=n_per_quantile,
-        n_random=n_random,
-        n_zero=n_zero,
-        n_top_tokens=n_top_tokens,
-        features=None if features is None else tuple(sorted({int(feature) for feature in features})),
-        min_activation=min_activation,
-        exclude_special=exclude_special,
-        seed=seed,
+    settings = settings or ExtractionSettings()
+    for target in targets:
+        check_width(lm, target.hook_name, target.sae.cfg.d_in)
+        _check_features(target)
+        if target.folder.exists():
+            raise Conflict(
+                f"{target.folder.name!r} exists already.", fix="Use the extraction that is there, or delete it first."
+            )
+    which = WhichTokens(settings.exclude_special, settings.exclude_token_ids, settings.exclude_first)
+    reader = ExtractionReader(
+        lm,
+        targets,
+        tokens,
+        which,
+        n_tokens=settings.n_tokens,
+        min_activation=settings.min_activation,
+        seed=settings.seed,
     )
-    settings.check(sae.cfg.d_sae)
-    check_width(lm, hook_name, sae.cfg.d_in)
-    if folder.exists():
-        raise Conflict(f"{folder.name!r} exists already.", fix="Use the extraction that is there, or delete it first.")
-    reader = _Reader(lm, sae, tokens, hook_name, settings)
-    totals = FeatureTotals(
-        len(reader.selection),
-        lm.d_vocab,
-        ExamplePool(
-            len(reader.selection), n_top=n_examples, n_stratified=n_per_quantile, n_random=n_random, n_zero=n_zero
-        ),
-    )
-    clock = _Clock()
+    totals = [_totals(lm, chosen, settings) for chosen in reader.selections]
+    keeper = Keeper(checkpoint, checkpoint_seconds, reader, totals, _what(targets, tokens, settings))
+    keeper.go_on()
+    clock = _Clock(reader)
     stopped_early = False
-    for block in reader.blocks():
-        if block is not None:
-            totals.add(block)
-        signal = yield clock.progress("reading tokens", _PASS_SHARE * reader.fraction, reader.n_read)
-        if signal is Signal.STOP and block is not None:
+    signal: Signal | None = None
+    for blocks in reader.steps():
+        if blocks is not None:
+            for total, block in zip(totals, blocks.of_each, strict=True):
+                total.add(block, blocks.counted)
+                if len(totals) > 1:
+                    yield clock.reading()
+        if wanted := keeper.is_wanted(signal is Signal.CHECKPOINT):
+            for _ in keeper.write():
+                yield clock.reading()
+        signal = yield clock.reading()._replace(checkpointed=wanted)
+        if signal is Signal.STOP and blocks is not None:
             stopped_early = reader.fraction < 1
             break
-    totals.n_tokens = reader.n_counted
-    if not totals.n_tokens:
+    if not totals[0].n_tokens:
         raise EmptyData(
             "There is no token to look at.", why="All of them are special tokens or padding.", fix="Use other text."
         )
-    with new_folder(folder) as part:
-        writer = ExtractionWriter(part, tokens, reader.selection, totals, n_quantiles, n_per_quantile, n_top_tokens)
-        for share in writer.write():
-            yield clock.progress("writing features", _PASS_SHARE + (1 - _PASS_SHARE) * share, reader.n_read)
-        info = ExtractionInfo(
-            created_at=time.time(),
-            model=lm.name,
-            hook_name=hook_name,
-            d_sae=sae.cfg.d_sae,
-            n_features=len(reader.selection),
-            n_alive=int((totals.n_active > 0).sum()),
-            n_dense=int((totals.n_active > DENSE_ABOVE * totals.n_tokens).sum()),
-            n_tokens=totals.n_tokens,
-            n_contexts=totals.n_contexts,
-            context_size=tokens.info.context_size,
-            stopped_early=stopped_early,
-            settings=asdict(settings) | {"batch_contexts": reader.batch_contexts},
-            provenance=_provenance(sae, tokens) | (provenance or {}),
-            files={name: file_sha256(part / name) for name in (FEATURES_FILE, EXAMPLES_FILE, CONTEXTS_FILE)},
-        )
-        (part / INFO_FILE).write_text(info.model_dump_json(indent=2), encoding="utf-8")
-    yield clock.progress("writing features", 1.0, reader.n_read)
-    return load_extraction(folder)
+    if keeper.is_worth_it and not stopped_early:
+        for _ in keeper.write():
+            yield clock.reading()
+        yield clock.reading()._replace(checkpointed=True)
+    stores = []
+    for number, (target, total) in enumerate(zip(targets, totals, strict=True)):
+        for share in _write(lm, target, tokens, reader, number, total, settings, stopped_early):
+            yield clock.writing((number + share) / len(targets))
+        stores.append(load_extraction(target.folder))
+    yield clock.writing(1.0)
+    return stores
 
 
 def working_bytes(d_sae: int, *, n_examples: int = 20, n_per_quantile: int = 5, n_random: int = 5) -> int:
-    """Memory that `extract` needs beside the model and the SAE, at most, whatever the number of tokens.
+    """Memory that an SAE needs in `extract_together`, at most, whatever the number of tokens.
 
-    Examples are counted with ten activations in each of their contexts.
+    Beside the model and the SAE itself. Examples are counted with ten activations in each of their contexts.
     """
     n_kept = n_examples + 16 * n_per_quantile + n_random
     a_feature = 4 * N_LOG_BINS + n_kept * (8 + 24 + 10 * 8)
@@ -204,135 +272,107 @@ def working_bytes(d_sae: int, *, n_examples: int = 20, n_per_quantile: int = 5, 
     return d_sae * a_feature + token_table + 512 * 2**20  # and a dense block with its sparse copies
 
 
-@dataclass(frozen=True)
-class _Settings:
-    """What was asked for, as it is recorded; `extract` documents each."""
-
-    n_tokens: int | None
-    n_examples: int
-    n_quantiles: int
-    n_per_quantile: int
-    n_random: int
-    n_zero: int
-    n_top_tokens: int
-    features: tuple[int, ...] | None
-    min_activation: float
-    exclude_special: bool
-    seed: int
-
-    def check(self, d_sae: int) -> None:
-        """Refuse what cannot be used."""
-        least = {"n_examples": 1, "n_quantiles": 1, "n_top_tokens": 1, "n_per_quantile": 0, "n_random": 0, "n_zero": 0}
-        for name, minimum in (least | {"min_activation": 0, "seed": 0}).items():
-            if not getattr(self, name) >= minimum:
-                raise BadInput(f"{name} is {getattr(self, name)}.", fix=f"Use at least {minimum}.")
-        if self.features is not None and not all(0 <= feature < d_sae for feature in self.features or [-1]):
-            wrong = next((str(feature) for feature in self.features if not 0 <= feature < d_sae), "none")
-            raise BadInput(
-                f"The features to extract cannot be used: {wrong}.",
-                why=f"The SAE has {d_sae} features, 0 to {d_sae - 1}.",
-                fix="Give at least one index in that range, or leave features out to take all.",
-            )
+def _check_features(target: Target) -> None:
+    d_sae, features = target.sae.cfg.d_sae, target.features
+    if features is not None and not all(0 <= feature < d_sae for feature in features or [-1]):
+        wrong = next((str(feature) for feature in features if not 0 <= feature < d_sae), "none")
+        raise BadInput(
+            f"The features to extract cannot be used: {wrong}.",
+            why=f"The SAE has {d_sae} features, 0 to {d_sae - 1}.",
+            fix="Give at least one index in that range, or leave features out to take all.",
+        )
 
 
-class _Reader:
-    """Runs the model and the SAE over the contexts and hands out blocks.
+def _totals(lm: LanguageModel, selection: NDArray[np.int64], settings: ExtractionSettings) -> FeatureTotals:
+    pool = ExamplePool(
+        len(selection),
+        n_top=settings.n_examples,
+        n_stratified=settings.n_per_quantile,
+        n_random=settings.n_random,
+        n_zero=settings.n_zero,
+    )
+    return FeatureTotals(len(selection), lm.d_vocab, pool)
 
-    Attributes:
-        selection: (n_features,) the features looked at.
-        batch_contexts: contexts in one forward pass.
-        n_read: real tokens read so far.
-        n_counted: of those, the ones that count.
-    """
 
-    def __init__(self, lm: LanguageModel, sae: SAE, tokens: PackedTokens, hook_name: str, settings: _Settings) -> None:
-        self.lm, self.sae, self.tokens, self.hook_name, self.settings = lm, sae, tokens, hook_name, settings
-        d_sae = sae.cfg.d_sae
-        self.selection = np.arange(d_sae) if settings.features is None else np.array(settings.features)
-        self.row_of = np.full(d_sae, -1, dtype=np.int64)
-        self.row_of[self.selection] = np.arange(len(self.selection))
-        self.order = _visiting_order(tokens, settings.n_tokens, settings.seed)
-        self.batch_contexts = _batch_contexts(lm, sae, tokens.info.context_size)
-        self.n_read = self.n_counted = 0
-        self._n_planned = int(tokens.n_real[torch.from_numpy(self.order)].sum())
+def _write(
+    lm: LanguageModel,
+    target: Target,
+    tokens: PackedTokens,
+    reader: ExtractionReader,
+    number: int,
+    totals: FeatureTotals,
+    settings: ExtractionSettings,
+    stopped_early: bool,
+) -> Iterator[float]:
+    """Write one extraction; yields the share that is done."""
+    selection = reader.selections[number]
+    with new_folder(target.folder) as part:
+        writer = ExtractionWriter(
+            part,
+            tokens,
+            selection,
+            totals,
+            settings.n_quantiles,
+            settings.n_per_quantile,
+            settings.n_top_tokens,
+            settings.n_partners,
+        )
+        yield from writer.write()
+        asked = asdict(settings) | {"features": None if target.features is None else selection.tolist()}
+        info = ExtractionInfo(
+            created_at=time.time(),
+            model=lm.name,
+            hook_name=target.hook_name,
+            d_sae=target.sae.cfg.d_sae,
+            n_features=len(selection),
+            n_alive=int((totals.n_active > 0).sum()),
+            n_dense=int((totals.n_active > DENSE_ABOVE * totals.n_tokens).sum()),
+            n_tokens=totals.n_tokens,
+            n_contexts=totals.n_contexts,
+            context_size=tokens.info.context_size,
+            l0=totals.l0_summary(),
+            n_coactivation_tokens=totals.coactivation.n_tokens,
+            stopped_early=stopped_early,
+            settings=asked | {"batch_contexts": reader.batch_contexts},
+            provenance=_provenance(target.sae, tokens) | dict(target.provenance),
+            files={name: file_sha256(part / name) for name in (FEATURES_FILE, EXAMPLES_FILE, CONTEXTS_FILE)},
+        )
+        (part / INFO_FILE).write_text(info.model_dump_json(indent=2), encoding="utf-8")
 
-    @property
-    def fraction(self) -> float:
-        """Share of the planned tokens that is read."""
-        return self.n_read / self._n_planned
 
-    def blocks(self) -> Iterator[Block | None]:
-        """After each step a block if one is full, else None."""
-        size = self.tokens.info.context_size
-        contexts: list[NDArray] = []
-        parts: list[tuple[NDArray, NDArray, NDArray]] = []
-        n_waiting = n_entries = 0
-        for at in range(0, len(self.order), self.batch_contexts):
-            rows = self.order[at : at + self.batch_contexts]
-            feature, place, value = self._entries(torch.from_numpy(rows))
-            contexts.append(rows)
-            parts.append((feature, place + n_waiting * size, value))
-            n_waiting += len(rows)
-            n_entries += len(feature)
-            yield None  # taking a block in is a step of its own
-            at_end = at + self.batch_contexts >= len(self.order)
-            if n_waiting * size < _BLOCK_TOKENS and n_entries < _BLOCK_ENTRIES and not at_end:
-                continue
-            which = np.concatenate(contexts)
-            feature, place, value = (np.concatenate(column) for column in zip(*parts, strict=True))
-            contexts, parts, n_waiting, n_entries = [], [], 0, 0
-            yield Block.of(which, self.tokens.ids[torch.from_numpy(which)].numpy(), feature, place, value)
-
-    def _entries(self, rows: Tensor) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
-        """Feature rows, places and values of what is active in these contexts."""
-        mask = self.tokens.mask(rows, special=not self.settings.exclude_special)
-        # Causal attention never looks at the padding behind the text: no attention mask is needed.
-        acts = activations(self.lm, self.tokens.ids[rows], [self.hook_name])[self.hook_name]
-        x = acts[mask.to(acts.device)].to(self.sae.device)  # (n_counted, d_in)
-        with torch.no_grad():
-            token, feature, value = sparse_acts(self.sae, x, self.settings.min_activation)
-        self.n_read += int(self.tokens.n_real[rows].sum())
-        self.n_counted += len(x)
-        place = torch.nonzero(mask.reshape(-1)).squeeze(1).numpy()[token]
-        if len(self.selection) == len(self.row_of):
-            return feature, place, value
-        feature = self.row_of[feature]
-        kept = feature >= 0
-        return feature[kept], place[kept], value[kept]
+def _what(targets: Sequence[Target], tokens: PackedTokens, settings: ExtractionSettings) -> dict[str, Any]:
+    """What a checkpoint belongs to."""
+    of_each = [
+        {
+            "hook_name": target.hook_name,
+            "features": None if target.features is None else list(target.features),
+            "provenance": _provenance(target.sae, tokens) | dict(target.provenance),
+        }
+        for target in targets
+    ]
+    text = {"n_contexts": len(tokens), "context_size": tokens.info.context_size}
+    return {"targets": of_each, "tokens": text, "settings": asdict(settings)}
 
 
 class _Clock:
-    """Rate and time left, from the wall clock."""
+    """Rate and time left, from the wall clock; what an earlier run has read does not count."""
 
-    def __init__(self) -> None:
-        self._began = time.monotonic()
+    def __init__(self, reader: ExtractionReader) -> None:
+        self._reader = reader
+        self._began, self._n_before, self._share_before = time.monotonic(), reader.n_read, reader.fraction
 
-    def progress(self, stage: str, fraction: float, n_tokens: int) -> ExtractProgress:
+    def reading(self) -> ExtractProgress:
+        return self._progress("reading tokens", _PASS_SHARE * self._reader.fraction)
+
+    def writing(self, share: float) -> ExtractProgress:
+        return self._progress("writing features", _PASS_SHARE + (1 - _PASS_SHARE) * share)
+
+    def _progress(self, stage: str, fraction: float) -> ExtractProgress:
         seconds = max(time.monotonic() - self._began, 1e-9)
-        eta = seconds * (1 - fraction) / fraction if fraction else None
-        return ExtractProgress(stage, fraction, n_tokens, n_tokens / seconds, eta)
-
-
-def _visiting_order(tokens: PackedTokens, n_tokens: int | None, seed: int) -> NDArray[np.int64]:
-    """Contexts in a random order, as many as n_tokens allows."""
-    order = np.random.default_rng(seed).permutation(len(tokens))
-    if n_tokens is None:
-        return order
-    n_contexts = int(np.searchsorted(np.cumsum(tokens.n_real.numpy()[order], dtype=np.int64), n_tokens, side="right"))
-    if not n_contexts:
-        raise BadInput(
-            f"n_tokens {n_tokens} is less than one context.",
-            fix=f"Use at least {tokens.info.context_size}, or leave it out.",
-        )
-    return order[:n_contexts]
-
-
-def _batch_contexts(lm: LanguageModel, sae: SAE, context_size: int) -> int:
-    """Contexts in one forward pass: fixed by sizes, never by the clock, so that a run repeats bit for bit."""
-    n_in_layers = sum(p.numel() for block in lm.layout.blocks for p in block.parameters())
-    flops = 2 * n_in_layers + (2 * sae.cfg.d_in + 64) * sae.cfg.d_sae  # a token; 64 for looking through its features
-    step = _STEP_FLOPS_CPU if lm.device.type == "cpu" else _STEP_FLOPS_GPU
-    return max(1, int(min(step / flops, _BLOCK_TOKENS)) // context_size)
+        done = fraction - _PASS_SHARE * self._share_before
+        eta = seconds * (1 - fraction) / done if done > 0 else None
+        n_tokens = self._reader.n_read
+        return ExtractProgress(stage, fraction, n_tokens, (n_tokens - self._n_before) / seconds, eta)
 
 
 def _provenance(sae: SAE, tokens: PackedTokens) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """One extraction on disk, read lazily: statistics, histograms, top tokens and examples of every feature.
 
     extraction.json     what was run on what, with hashes (`ExtractionInfo`); written last
-    features.parquet    one row a feature: statistics, log histogram, top tokens
+    features.parquet    one row a feature: statistics, log histogram, top tokens, partners
     examples.parquet    one row an example: feature, group, context, position, value, and the feature's activations
                         in that context as (positions, values)
     contexts.arrow      token ids of the contexts that examples stand in, memory-mapped
@@ -13,6 +13,7 @@ length. It knows no tokenizer and no labels.
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -39,11 +40,14 @@ __all__ = [
     "ExtractionStore",
     "FeatureStats",
     "Group",
+    "Partner",
     "TokenStats",
     "load_extraction",
 ]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""1 had no partners."""
+
 INFO_FILE, FEATURES_FILE, EXAMPLES_FILE = "extraction.json", "features.parquet", "examples.parquet"
 CONTEXTS_FILE = "contexts.arrow"
 
@@ -79,6 +83,12 @@ class ExtractionInfo(BaseModel):
 
     n_contexts: int
     context_size: int
+    l0: dict[str, float] = {}
+    """Features active on a token: mean, p5, p50, p95, max, and `silent`, the share of tokens on which none is."""
+
+    n_coactivation_tokens: int = 0
+    """Tokens on which pairs of features were counted: a sample of all."""
+
     stopped_early: bool = False
     """It was told to stop: the statistics are of the tokens seen until then."""
 
@@ -128,6 +138,21 @@ class TokenStats:
 
     mean: float
     max: float
+
+
+@dataclass(frozen=True)
+class Partner:
+    """Another feature that fires on the same tokens; all numbers are of the sampled tokens."""
+
+    feature: int
+    count: int
+    """Tokens on which both fire."""
+
+    cosine: float
+    """count / √(n · n'), of the tokens on which each of the two fires: 1 is always together, 0 is never."""
+
+    lift: float
+    """count · tokens / (n · n'): 1 is what chance would make of two features that have nothing to do with another."""
 
 
 @dataclass(frozen=True)
@@ -256,6 +281,23 @@ class ExtractionStore:
         columns = (stored["token_ids"], stored["token_counts"], stored["token_means"], stored["token_maxima"])
         tokens = [TokenStats(*row) for row in zip(*columns, strict=True)]
         return sorted(tokens, key=lambda token: (-getattr(token, by), token.token_id))[:n]
+
+    def partners(self, index: int, n: int = 20) -> list[Partner]:
+        """The features that fire together with one most, by falling cosine; up to the extraction's `n_partners`.
+
+        Raises:
+            NotFound: the extraction does not cover the feature, or was made before partners were counted.
+        """
+        if self.info.format_version < 2:
+            raise NotFound("This extraction counted no pairs of features.", fix="Extract again.")
+        stored = self._feature_row(index)
+        n_sampled = self.column("n_sampled")
+        found = []
+        for other, count in zip(stored["partners"][:n], stored["partner_counts"][:n], strict=True):
+            product = float(stored["n_sampled"]) * float(n_sampled[self._row(other)])
+            lift = count * self.info.n_coactivation_tokens / product
+            found.append(Partner(other, count, count / math.sqrt(product), lift))
+        return found
 
     def examples(
         self, index: int, group: Group | None = None, *, window: int | tuple[int, int] | None = None

@@ -1,4 +1,4 @@
-"""What an extraction adds up over the pass, and the files it makes of it, some features at a time.
+"""The files that an extraction makes of its totals, some features at a time.
 
 extraction_store.py says what is in the files and reads them. This one knows neither the model nor the SAE, nor how the
 folder gets its final name.
@@ -16,42 +16,21 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
-from mistudio_engine.discovery.activation_block import Block, rank_in_run
-from mistudio_engine.discovery.examples import Chosen, ExamplePool, joined
+from mistudio_engine.discovery.activation_block import rank_in_run
+from mistudio_engine.discovery.coactivation import strongest
+from mistudio_engine.discovery.examples import Chosen, joined
 from mistudio_engine.discovery.extraction_store import CONTEXTS_FILE, EXAMPLES_FILE, FEATURES_FILE
-from mistudio_engine.discovery.histogram import N_LOG_BINS, LogHistograms
-from mistudio_engine.discovery.top_tokens import TokenTable, TopTokens, best_tokens
+from mistudio_engine.discovery.histogram import N_LOG_BINS
+from mistudio_engine.discovery.top_tokens import TokenTable, best_tokens
+from mistudio_engine.discovery.totals import FeatureTotals
 
 if TYPE_CHECKING:
     from mistudio_engine.models.tokens import PackedTokens
 
-__all__ = ["ExtractionWriter", "FeatureTotals"]
+__all__ = ["ExtractionWriter"]
 
 _FEATURES_PER_PART = 128
 """Features in a row group: one is read when one feature is looked at."""
-
-
-class FeatureTotals:
-    """Everything that is accumulated over the pass, for all features."""
-
-    def __init__(self, n_features: int, d_vocab: int, examples: ExamplePool) -> None:
-        self.n_tokens = self.n_contexts = 0
-        self.n_active = np.zeros(n_features, dtype=np.int64)
-        self.sum = np.zeros(n_features, dtype=np.float64)
-        self.max = np.zeros(n_features, dtype=np.float32)
-        self.histograms = LogHistograms(n_features)
-        self.top_tokens = TopTokens(n_features, d_vocab)
-        self.examples = examples
-
-    def add(self, block: Block) -> None:
-        n_features = len(self.n_active)
-        self.n_contexts += len(block.contexts)
-        self.n_active += np.bincount(block.feature, minlength=n_features)
-        self.sum += np.bincount(block.feature, weights=block.value, minlength=n_features)
-        np.maximum.at(self.max, block.feature, block.value)
-        self.histograms.add(block.feature, block.value)
-        self.top_tokens.add(block)
-        self.examples.add(block)
 
 
 class ExtractionWriter:
@@ -66,15 +45,19 @@ class ExtractionWriter:
         n_quantiles: int,
         n_per_quantile: int,
         n_top_tokens: int,
+        n_partners: int,
     ) -> None:
         self.folder, self.tokens, self.selection, self.totals = folder, tokens, selection, totals
         self.n_quantiles, self.n_per_quantile, self.n_top_tokens = n_quantiles, n_per_quantile, n_top_tokens
+        self.n_partners = n_partners
         self.n_real = tokens.n_real.numpy()
 
     def write(self) -> Iterator[float]:
         """Yields the share that is done."""
         table = self.totals.top_tokens.table()
         yield 0.0
+        together = self.totals.coactivation.matrix()
+        n_sampled = self.totals.coactivation.n_active
         n = len(self.selection)
         used = np.zeros(len(self.tokens), dtype=bool)
         to_features = to_examples = None
@@ -84,6 +67,14 @@ class ExtractionWriter:
                 examples, contexts, n_examples = self._examples(features)
                 used[contexts] = True
                 rows = self._features(features, table, n_examples)
+                partners = strongest(together, n_sampled, features, self.n_partners)
+                of_feature = np.searchsorted(partners.feature, np.arange(features.start, features.stop + 1))
+                for name, column in {
+                    "n_sampled": pa.array(n_sampled[features]),
+                    "partners": _lists(of_feature, self.selection[partners.partner].astype(np.int32)),
+                    "partner_counts": _lists(of_feature, partners.count),
+                }.items():
+                    rows = rows.append_column(name, column)
                 if to_features is None or to_examples is None:
                     to_features = pq.ParquetWriter(self.folder / FEATURES_FILE, rows.schema, compression="zstd")
                     to_examples = pq.ParquetWriter(self.folder / EXAMPLES_FILE, examples.schema, compression="zstd")

@@ -7,6 +7,7 @@ and a count in a bin is an exact count. It knows nothing of where the values com
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -48,6 +49,15 @@ class LogHistograms:
         cells = np.sort(feature * N_LOG_BINS + log_bins(value))
         starts = run_starts(cells)
         self.counts.reshape(-1)[cells[starts]] += np.diff(np.append(starts, len(cells))).astype(np.uint32)
+
+    def state(self) -> dict[str, NDArray]:
+        """What `restore` needs to go on: the cells that hold something."""
+        cells = np.flatnonzero(self.counts)
+        return {"cells": cells, "counts": self.counts.reshape(-1)[cells]}
+
+    def restore(self, state: Mapping[str, NDArray]) -> None:
+        """Go on where `state` was taken."""
+        self.counts.reshape(-1)[state["cells"]] = state["counts"]
 
 
 class Histogram(NamedTuple):

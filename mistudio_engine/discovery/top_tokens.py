@@ -7,6 +7,7 @@ kept and reported, so a count is exact or says how far off it can be. It does no
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,9 @@ __all__ = ["TokenTable", "TopTokens", "best_tokens", "rank_by"]
 
 _MERGE_AT = 1 << 19
 """Entries that wait at least until they are merged; merging at every block would sort the whole table each time."""
+
+_COLUMNS = ("key", "count", "sum", "max")
+"""Of the table while it grows; a key is feature * d_vocab + token id."""
 
 
 class TokenTable(NamedTuple):
@@ -80,6 +84,22 @@ class TopTokens:
         self._merge()
         key, count, total, top = self._table
         return TokenTable(key // self.d_vocab, key % self.d_vocab, count, total, top)
+
+    def state(self) -> dict[str, NDArray]:
+        """What `restore` needs to go on; what waits to be merged goes on waiting, so that nothing is rounded anew."""
+        found = {"undercount": self.undercount, **dict(zip(_COLUMNS, self._table, strict=True))}
+        if self._pending:
+            columns = [np.concatenate(column) for column in zip(*self._pending, strict=True)]
+            found |= {f"pending_{name}": column for name, column in zip(_COLUMNS, columns, strict=True)}
+        return found
+
+    def restore(self, state: Mapping[str, NDArray]) -> None:
+        """Go on where `state` was taken."""
+        self.undercount = state["undercount"]
+        self._table = tuple(state[name] for name in _COLUMNS)
+        if f"pending_{_COLUMNS[0]}" in state:
+            self._pending = [tuple(state[f"pending_{name}"] for name in _COLUMNS)]
+            self._n_pending = len(self._pending[0][0])
 
     def _merge(self) -> None:
         if not self._pending:

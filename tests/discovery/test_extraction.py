@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mistudio_engine.api.errors import BadInput, Conflict, CorruptFile, EmptyData, NotFound, UnknownHook
 from mistudio_engine.api.events import Signal
-from mistudio_engine.discovery import activation_block, examples, extraction, extraction_writer
+from mistudio_engine.discovery import activation_block, examples, extraction_reader, extraction_writer
 from mistudio_engine.discovery.extraction import extract, load_extraction, working_bytes
 from mistudio_engine.discovery.histogram import LOG_EDGES
 
@@ -22,8 +22,8 @@ from mistudio_engine.discovery.histogram import LOG_EDGES
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of a few contexts, so that small data takes many steps."""
-    monkeypatch.setattr(extraction, "_BLOCK_TOKENS", 64)
-    monkeypatch.setattr(extraction, "_STEP_FLOPS_CPU", 1.0)
+    monkeypatch.setattr(extraction_reader, "_BLOCK_TOKENS", 64)
+    monkeypatch.setattr(extraction_reader, "_STEP_FLOPS_CPU", 1.0)
     monkeypatch.setattr(extraction_writer, "_FEATURES_PER_PART", 5)
     monkeypatch.setattr(activation_block, "_DENSE_CELLS", 100)
 
@@ -126,7 +126,7 @@ def test_the_same_numbers_come_out_of_one_block_and_of_many(planted, tmp_path, m
     table, ids, n_real = random_case(3)
     lm, sae = planted(table)
     whole, _ = drain(extract(lm, sae, packed(ids, len(table), n_real), HOOK, tmp_path / "whole"))
-    monkeypatch.setattr(extraction, "_BLOCK_TOKENS", 48)
+    monkeypatch.setattr(extraction_reader, "_BLOCK_TOKENS", 48)
     pieces, _ = drain(extract(lm, sae, packed(ids, len(table), n_real), HOOK, tmp_path / "pieces"))
     for name in ("n_active", "max", "frequency", "n_examples"):
         assert whole.column(name).tolist() == pieces.column(name).tolist()
