@@ -18,6 +18,7 @@ from mistudio_engine.api.errors import MistudioError, NextCall
 from mistudio_engine.api.home import data_dir, probe
 from mistudio_engine.api.operations import Operation, Status, SystemStatus
 from mistudio_mcp.server import AGENT, build_server
+from mistudio_mcp.tools import Profile
 
 __all__ = ["Forwarder", "run"]
 
@@ -63,9 +64,9 @@ class Forwarder:
         return await self.studio.call(operation)
 
 
-def run(home: Path | str | None = None) -> None:
-    """Serve over stdio until the client closes it."""
-    server = build_server(Forwarder(home))
+def run(home: Path | str | None = None, profile: Profile = "research") -> None:
+    """Serve the tools of a profile over stdio until the client closes it."""
+    server = build_server(Forwarder(home), profile)
     with contextlib.suppress(KeyboardInterrupt):
         server.run(transport="stdio", show_banner=False)
 

@@ -7,6 +7,7 @@ around the client's. It keeps no state between calls, and it does not know on wh
 from __future__ import annotations
 
 import difflib
+import json
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -24,8 +25,8 @@ from mistudio_engine.api.errors import BadInput, Internal, MistudioError, NextCa
 from mistudio_engine.api.operations import JobOperation, Operation, ShowJob
 from mistudio_engine.api.records import Job
 from mistudio_engine.api.wire import invalid_arguments
-from mistudio_mcp.text import as_structure, as_text, shown
-from mistudio_mcp.tools import TOOLS, AgentTool
+from mistudio_mcp.text import UNSHOWN, as_structure, as_text, shown
+from mistudio_mcp.tools import AgentTool, Profile, tools_of
 
 __all__ = ["INSTRUCTIONS", "build_server"]
 
@@ -46,10 +47,10 @@ SLICE_SECONDS = 2.0
 AGENT = "agent:mcp"
 
 
-def build_server(call: Call) -> FastMCP:
-    """A server whose tools carry their operations out with `call(operation, caller=…)`."""
+def build_server(call: Call, profile: Profile = "research") -> FastMCP:
+    """A server whose tools, those of a profile, carry their operations out with `call(operation, caller=…)`."""
     server = FastMCP("miStudio", instructions=INSTRUCTIONS, version=__version__)
-    for tool in TOOLS:
+    for tool in tools_of(profile):
         server.add_tool(_OperationTool.of(tool, call))
     return server
 
@@ -64,7 +65,6 @@ class _OperationTool(Tool):
     def of(cls, tool: AgentTool, call: Call) -> _OperationTool:
         made = cls(
             name=tool.name,
-            title=tool.name.replace("_", " "),
             description=_description(tool.arguments),
             parameters=_input_schema(tool.arguments),
             output_schema=_output_schema(tool.result),
@@ -199,9 +199,26 @@ def _output_schema(result: Any) -> dict[str, Any]:
     if result is Job:
         return JOB_SCHEMA
     schema = TypeAdapter(result).json_schema(mode="serialization")
+    for name in UNSHOWN.get(result, ()):
+        del schema["properties"][name]
+    if result in UNSHOWN:
+        schema = _shallow(schema)
     slim = _without_titles(schema, descriptions=False)
+    # What things within things look like, an agent sees when it gets there.
+    slim["$defs"] = {name: _shallow(each) for name, each in slim.pop("$defs", {}).items() if _is_named(name, slim)}
     # An agent's view leaves out what is empty and adds what is cut, so nothing is required and nothing is forbidden.
     return _open(slim)
+
+
+def _is_named(name: str, schema: dict[str, Any]) -> bool:
+    return f'"#/$defs/{name}"' in json.dumps(schema)
+
+
+def _shallow(schema: Any) -> Any:
+    """A schema whose references are just objects."""
+    if isinstance(schema, dict):
+        return {"type": "object"} if "$ref" in schema else {key: _shallow(value) for key, value in schema.items()}
+    return [_shallow(each) for each in schema] if isinstance(schema, list) else schema
 
 
 def _open(schema: Any) -> Any:

@@ -15,11 +15,12 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from mistudio_engine.api.features import Example, FeatureCard, TextFeatures
+from mistudio_engine.api.feature_card import FeatureCard
+from mistudio_engine.api.features import Example, TextFeatures
 from mistudio_engine.api.records import Job, Page
 from mistudio_engine.api.steering import SteerResult
 
-__all__ = ["as_structure", "as_text", "marked", "shown", "untrusted"]
+__all__ = ["UNSHOWN", "as_structure", "as_text", "marked", "shown", "untrusted"]
 
 MAX_TEXT = 400
 """Characters of one untrusted string; what is longer is cut and says so."""
@@ -178,10 +179,17 @@ def _after(job: Job) -> dict[str, Any] | None:
     return None
 
 
+UNSHOWN: dict[Any, tuple[str, ...]] = {
+    FeatureCard: ("examples", "top_tokens", "histogram", "logit_histogram", "analysis", "id"),
+}
+"""Fields of a result that an agent is not given, or under another name."""
+
+LONG_PARTS = {*UNSHOWN[FeatureCard], "promoted", "suppressed", "partners", "neighbours", "ablation"}
+"""Of a card: shown in short, or not at all."""
+
+
 def _feature(card: FeatureCard) -> dict[str, Any]:
-    structure = card.model_dump(
-        mode="json", exclude_none=True, exclude={"examples", "top_tokens", "histogram", "promoted", "suppressed", "id"}
-    )
+    structure = card.model_dump(mode="json", exclude_none=True, exclude=LONG_PARTS)
     if card.label:
         structure["label"] = untrusted(card.label)
     if card.top_tokens:
@@ -202,6 +210,14 @@ def _feature(card: FeatureCard) -> dict[str, Any]:
         structure["examples_untrusted"] = [
             {"text": marked(each), "value": each.value, "group": each.group} for each in card.examples
         ]
+    if card.analysis is not None:
+        structure["analysis_untrusted"] = untrusted(card.analysis.summary, 1500)
+    if card.neighbours is not None:
+        structure["neighbours"] = [_row(each) for each in card.neighbours]
+    if card.ablation is not None:
+        structure["ablation"] = card.ablation.model_dump(mode="json", exclude_none=True, exclude={"texts"})
+    if card.partners:
+        structure["partners"] = [_row(each) for each in card.partners[:5]]
     if card.labels:
         structure["labels"] = structure["labels"][:5]
     return structure

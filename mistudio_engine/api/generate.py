@@ -7,7 +7,9 @@ type checkers and editors the methods that the client makes from the catalogue. 
 from __future__ import annotations
 
 import ast
+import pkgutil
 import typing
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -125,11 +127,12 @@ def _annotation(hint: Any, names: set[str]) -> str:
 
 
 def _origin(name: str) -> tuple[str, str]:
-    from mistudio_engine.api import exports, features, operations, records, steering, training_config
+    from mistudio_engine import api
+    from mistudio_engine.api import operations
 
-    for module in (records, features, steering, exports, training_config):
-        if name in getattr(module, "__all__", ()):
-            return module.__name__, name
+    for found in pkgutil.iter_modules(api.__path__, f"{api.__name__}."):
+        if not found.ispkg and found.name != __name__ and name in getattr(import_module(found.name), "__all__", ()):
+            return found.name, name
     return next((vars(operations)[each].__module__, name) for each in dir(operations) if each == name)
 
 

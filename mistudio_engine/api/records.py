@@ -330,9 +330,19 @@ class ExtractionRecord(Record):
     n_dense: int = 0
     """Features that fire on more than a tenth of the tokens."""
 
+    l0: dict[str, float] = {}
+    """Features active on a token: mean, p5, p50, p95, max, and `silent`, the share of tokens on which none is."""
+
+    tokens_per_second: float | None = None
+    """How fast the pass was."""
+
+    job: str | None = None
+    """The job that made it."""
+
     settings: dict[str, Any] = {}
     folder: str = ""
     sha256: str = ""
+    """Of the pass and the logit lens; what is derived later does not change it."""
 
 
 class LabelRecord(Data):
@@ -346,7 +356,7 @@ class LabelRecord(Data):
     """A path such as `Emotion > Positive > Love`."""
 
     author: str
-    """`person`, `agent:<name>` or `job:<slug>`."""
+    """`person`, `agent:<name>`, `job:<slug>`, or `neuronpedia:<author>` where it was published."""
 
     method: str = ""
     """How a job found it: token_pattern, …"""
@@ -356,7 +366,7 @@ class LabelRecord(Data):
 
     evidence: str = ""
     scores: dict[str, Any] = {}
-    """How well it foretells where the feature fires, by method: detection, fuzzing, rule."""
+    """How well it foretells where the feature fires, by method: detection, fuzzing, or `published` by others."""
 
     created_at: float = 0.0
 
@@ -423,6 +433,9 @@ class TemplateRecord(Record):
 
     description: str = ""
     favourite: bool = False
+    default: bool = False
+    """It counts for its operation where a call names none; one for each operation at most."""
+
     n_used: int = 0
     """How many jobs were started with it."""
 

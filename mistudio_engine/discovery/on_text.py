@@ -1,19 +1,20 @@
 """Which features fire on a text, where they peak, and what a contrast text has less of.
 
-One forward pass a text. Dense features fire on nearly every text and say little about this one: they are left out when
-their frequencies are known, and counted. It knows no labels.
+One forward pass a text, and only the activations that are above zero are looked at. Dense features fire on nearly every
+text and say little about this one: whoever knows which those are has them left out, and counted. It knows no labels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor
 
 from mistudio_engine.api.errors import BadInput, EmptyData, WrongShape
-from mistudio_engine.discovery.extraction_store import DENSE_ABOVE
+from mistudio_engine.discovery.activation_block import run_starts, sparse_acts, stable_order
 from mistudio_engine.models.hooks import activations, check_width
 
 if TYPE_CHECKING:
@@ -33,8 +34,8 @@ class FeatureOnText(NamedTuple):
     position: int
     """Token on which it is reached; the earliest of equals."""
 
-    values: NDArray
-    """(n_tokens,) float32 activation on each token; 0 on special ones, which do not count."""
+    values: NDArray[np.float32]
+    """(n_tokens,) activation on each token; 0 on special ones, which do not count."""
 
     contrast_max: float | None
     """Largest activation on the contrast text; None without one."""
@@ -58,10 +59,34 @@ class FeaturesOnText(NamedTuple):
     """By falling maximum; with a contrast text by falling difference, so what the contrast has more of comes last."""
 
     n_active: int
-    """Features that fire on the text at all, those hidden included."""
+    """Features that fire on the text at all, those left out included."""
 
-    n_dense_hidden: int
-    """Of those, how many were left out because they are dense."""
+    left_out: dict[str, int]
+    """Of those, how many were left out, by reason."""
+
+
+class _Acts(NamedTuple):
+    """A text's activations above zero, ordered by feature, then by position."""
+
+    ids: list[int]
+    feature: NDArray[np.int64]
+    position: NDArray[np.int64]
+    value: NDArray[np.float32]
+
+    def peaks(self, d_sae: int) -> NDArray[np.float32]:
+        """(d_sae,) largest activation of each feature."""
+        peaks = np.zeros(d_sae, np.float32)
+        starts = run_starts(self.feature)
+        if len(starts):
+            peaks[self.feature[starts]] = np.maximum.reduceat(self.value, starts)
+        return peaks
+
+    def of(self, feature: int) -> NDArray[np.float32]:
+        """(n_tokens,) activations of one feature."""
+        begin, end = np.searchsorted(self.feature, [feature, feature + 1])
+        values = np.zeros(len(self.ids), np.float32)
+        values[self.position[begin:end]] = self.value[begin:end]
+        return values
 
 
 @torch.no_grad()
@@ -73,8 +98,7 @@ def features_on_text(
     contrast_text: str | None = None,
     k: int = 20,
     *,
-    frequency: ArrayLike | None = None,
-    dense_above: float = DENSE_ABOVE,
+    leave_out: Mapping[str, ArrayLike] | None = None,
 ) -> FeaturesOnText:
     """The k features that fire most on `text`, or that differ most from `contrast_text`.
 
@@ -85,55 +109,51 @@ def features_on_text(
         text: at most as many tokens as the model's context.
         contrast_text: a text to compare with; the difference of maxima is what is ranked then, by its size.
         k: features to return.
-        frequency: (d_sae,) share of tokens on which each feature fires, from an extraction; None hides nothing.
-        dense_above: features above this frequency are hidden and counted.
+        leave_out: by reason, (d_sae,) bool of the features that are not shown; each is counted for the first reason.
 
     Raises:
         EmptyData: a text has no token.
-        BadInput: a text is longer than the context, or k is below 1.
+        BadInput: a text is longer than the context, k is below 1, or an activation is not finite.
         UnknownHook, WrongShape: the hook is not the model's, or a width does not fit.
     """
     if k < 1:
         raise BadInput(f"k is {k}.", fix="Ask for at least one feature.")
     check_width(lm, hook_name, sae.cfg.d_in)
-    ids, acts = _acts(lm, sae, hook_name, text)
-    peak, position = acts.max(dim=0)  # (d_sae,); the earliest of equals
-    score = peak
-    contrast = None
-    if contrast_text is not None:
-        contrast = _acts(lm, sae, hook_name, contrast_text)[1].amax(dim=0)
-        score = peak - contrast
+    d_sae = sae.cfg.d_sae
+    acts = _acts(lm, sae, hook_name, text)
+    peak = acts.peaks(d_sae)
+    contrast = None if contrast_text is None else _acts(lm, sae, hook_name, contrast_text).peaks(d_sae)
+    score = peak if contrast is None else peak - contrast
     fires = peak > 0
     shown = fires if contrast is None else fires | (contrast > 0)
-    n_hidden = 0
-    if frequency is not None:
-        dense = torch.as_tensor(frequency, device=acts.device) > dense_above
-        if dense.shape != peak.shape:
-            raise WrongShape(f"There are {len(dense)} frequencies for {len(peak)} features.")
-        n_hidden = int((fires & dense).sum())
-        shown = shown & ~dense
-    candidates = torch.nonzero(shown).squeeze(1)
-    best = candidates[torch.argsort(score[candidates].abs(), descending=True, stable=True)[:k]]
-    best = best[torch.argsort(score[best], descending=True, stable=True)].tolist()
-    found = [
-        FeatureOnText(
-            feature=f,
-            max=float(peak[f]),
-            position=int(position[f]),
-            values=acts[:, f].cpu().numpy(),
-            contrast_max=None if contrast is None else float(contrast[f]),
-        )
-        for f in best
-    ]
-    return FeaturesOnText(ids, lm.token_strings(ids), found, int(fires.sum()), n_hidden)
+    counted, left_out = fires.copy(), {}
+    for reason, mask in (leave_out or {}).items():
+        out = np.asarray(mask, bool)
+        if out.shape != (d_sae,):
+            raise WrongShape(f"What is {reason} has the shape {out.shape}; there are {d_sae} features.")
+        if n_out := int((counted & out).sum()):
+            left_out[reason] = n_out
+        counted &= ~out
+        shown = shown & ~out
+    candidates = np.flatnonzero(shown)
+    best = candidates[np.argsort(-np.abs(score[candidates]), kind="stable")[:k]]
+    best = best[np.argsort(-score[best], kind="stable")]
+    found = []
+    for feature in best.tolist():
+        values = acts.of(feature)
+        contrast_max = None if contrast is None else float(contrast[feature])
+        found.append(FeatureOnText(feature, float(peak[feature]), int(values.argmax()), values, contrast_max))
+    return FeaturesOnText(acts.ids, lm.token_strings(acts.ids), found, int(fires.sum()), left_out)
 
 
-def _acts(lm: LanguageModel, sae: SAE, hook_name: str, text: str) -> tuple[list[int], Tensor]:
-    """Token ids, and feature activations (n_tokens, d_sae) in fp32 with 0 on special tokens."""
+def _acts(lm: LanguageModel, sae: SAE, hook_name: str, text: str) -> _Acts:
+    """What fires on the tokens that are not special."""
     ids = lm.encode(text, bos=True)
-    counts = torch.tensor([i not in lm.special_ids for i in ids], dtype=torch.bool)
-    if not counts.any():
+    counted = torch.tensor([at for at, each in enumerate(ids) if each not in lm.special_ids], dtype=torch.long)
+    if not len(counted):
         raise EmptyData("The text has no tokens.", why=f"It is {text[:40]!r}.", fix="Give at least one word.")
     x = activations(lm, torch.tensor([ids]), [hook_name])[hook_name][0]
-    acts = sae.encode(x.to(sae.device)).float()
-    return ids, acts * counts.to(acts)[:, None]
+    row, feature, value = sparse_acts(sae, x[counted.to(x.device)].to(sae.device))
+    position = counted.numpy()[row]
+    order = stable_order(feature * np.int64(len(ids)) + position, sae.cfg.d_sae * len(ids))
+    return _Acts(ids, feature[order], position[order], value[order])

@@ -5,6 +5,7 @@ Reads only, and never waits for the compute thread. Search rows, feature cards a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import cached_property
@@ -12,27 +13,33 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from mistudio_engine.api.errors import NotFound
-from mistudio_engine.api.features import Example, FeatureCard, FeatureRow, Histogram, LogitToken, TopToken
+from mistudio_engine.api.feature_card import FeatureCard
+from mistudio_engine.api.features import Example, FeatureRow, Histogram, LogitToken, Partner, TopToken
 from mistudio_engine.api.records import ExtractionRecord, LabelRecord, ModelRecord, SAERecord
 from mistudio_engine.api.refs import FeatureKey
 from mistudio_engine.discovery.extraction_store import DENSE_ABOVE, ExtractionStore, load_extraction
+from mistudio_engine.discovery.extraction_store import Example as StoredExample
 from mistudio_engine.discovery.logit_store import LogitReader, read_logits
+from mistudio_engine.discovery.words import WordReader
 from mistudio_engine.models.checkpoint import load_tokenizer
 from mistudio_engine.models.vocabulary import token_strings
 from mistudio_engine.runtime.engine import Engine
 
-__all__ = ["DATA_FOLDER", "LOGITS_FILE", "Knowledge"]
+__all__ = ["DATA_FOLDER", "DERIVED_FOLDER", "INTERPRETABILITY_FILE", "LOGITS_FILE", "Knowledge"]
 
 DATA_FOLDER = "data"
 LOGITS_FILE = "logits.safetensors"
+INTERPRETABILITY_FILE = "interpretability.parquet"
 
-INDEXED_TOKENS = 12
-"""Top tokens of a feature that search looks at."""
+DERIVED_FOLDER = "derived"
+"""Beside the extraction's own files: what is made of it later."""
 
-INDEXED_EXAMPLES, INDEXED_WINDOW = 3, 6
-"""Top examples that search looks at, and the tokens of them around the prime one."""
+WINDOW = 12
+"""Tokens shown around the prime one where the extraction does not say."""
 
 
 class Knowledge:
@@ -78,6 +85,19 @@ class Knowledge:
         """Where the current extraction lies."""
         return self.engine.home / self.record.folder
 
+    @property
+    def window(self) -> int:
+        """Tokens that are shown around the prime one unless somebody says how many."""
+        return int(self.record.settings.get("window", WINDOW))
+
+    @cached_property
+    def interpretability(self) -> NDArray[np.float64]:
+        """(n_features,) how well the text alone tells where each feature fires; NaN where it is not known."""
+        path = self.folder / INTERPRETABILITY_FILE
+        if not path.exists():  # of an older version
+            return np.full(len(self.extraction), np.nan)
+        return pq.read_table(path, columns=["score"]).column(0).to_numpy()
+
     @cached_property
     def labels(self) -> dict[int, LabelRecord]:
         """Every feature's current label."""
@@ -87,6 +107,11 @@ class Knowledge:
     def tokenizer(self) -> Any:
         """Of the model that the extraction was made with."""
         return load_tokenizer(self.engine.home / self.engine.store.get(ModelRecord, self.record.model).folder)
+
+    @cached_property
+    def words(self) -> WordReader:
+        """Puts tokens together to words."""
+        return WordReader(self.tokenizer)
 
     @cached_property
     def logits(self) -> LogitReader | None:
@@ -108,9 +133,14 @@ class Knowledge:
         """Tokens as a person reads them."""
         return token_strings(self.tokenizer, [int(each) for each in ids])
 
+    def at(self, index: int) -> int:
+        """Row of a feature in everything that has a row for each feature of the extraction."""
+        return int(np.searchsorted(self.extraction.indices, index))
+
     def row(self, index: int, **matched: Any) -> FeatureRow:
         """A feature in a list."""
         stats = self.extraction.feature(index)
+        interpretability = float(self.interpretability[self.at(index)])
         label = self.labels.get(index)
         key = FeatureKey(self.sae.slug, index)
         return FeatureRow(
@@ -124,6 +154,7 @@ class Knowledge:
             activation_frequency=stats.frequency,
             max_activation=stats.max,
             mean_activation=stats.mean,
+            interpretability=None if math.isnan(interpretability) else interpretability,
             **matched,
         )
 
@@ -151,8 +182,7 @@ class Knowledge:
         """The tokens that a feature promotes and suppresses most, strongest first."""
         if self.logits is None:
             return None
-        # The file has a row for each feature of the extraction, which may be a selection.
-        effects = self.logits.feature(int(np.searchsorted(self.extraction.indices, index)), k)
+        effects = self.logits.feature(self.at(index), k)
         return (
             self._logit_tokens(effects.promoted_ids, effects.promoted_values),
             self._logit_tokens(effects.suppressed_ids, effects.suppressed_values),
@@ -162,28 +192,58 @@ class Knowledge:
         rows = zip(self.strings(ids), ids, values, strict=True)
         return [LogitToken(token=string, token_id=int(each), value=float(value)) for string, each, value in rows]
 
-    def examples(self, index: int, group: Any, n: int, window: int) -> list[Example]:
+    def logit_histogram(self, index: int) -> Histogram | None:
+        """How its effects on the logits are distributed over the vocabulary."""
+        if self.logits is None:
+            return None
+        found = self.logits.distribution(self.at(index))
+        return Histogram(
+            bin_edges=[float(edge) for edge in found.bin_edges], counts=[int(each) for each in found.counts]
+        )
+
+    def partners(self, index: int, n: int) -> list[Partner] | None:
+        """The features that fire together with it most; None where the extraction did not count them."""
+        if self.extraction.info.format_version < 2:
+            return None
+        return [
+            Partner(
+                ref=FeatureKey(self.sae.slug, each.feature).ref,
+                index=each.feature,
+                label=label.label if (label := self.labels.get(each.feature)) else None,
+                count=each.count,
+                cosine=each.cosine,
+                lift=each.lift,
+            )
+            for each in self.extraction.partners(index, n)
+        ]
+
+    def examples(self, index: int, group: Any, n: int, window: int | None) -> list[Example]:
         """At most n examples of each group, with `window` tokens around the prime one."""
+        window = self.window if window is None else window
         shown: list[Example] = []
         seen: dict[str, int] = {}
         for each in self.extraction.examples(index, group, window=window):
             seen[each.group] = seen.get(each.group, 0) + 1
             if seen[each.group] > n:
                 continue
-            shown.append(
-                Example(
-                    group=each.group,
-                    tokens=self.strings(each.token_ids),
-                    values=[float(value) for value in each.values],
-                    position=each.prime,
-                    value=each.value,
-                    context=each.context,
-                    position_in_context=each.position,
-                )
-            )
+            shown.append(self._example(each))
         return shown
 
-    def card(self, index: int, *, n: int, sampling: str, window: int, bins: int) -> FeatureCard:
+    def _example(self, each: StoredExample) -> Example:
+        read = self.words.read(each.token_ids)
+        return Example(
+            group=each.group,
+            tokens=self.strings(each.token_ids),
+            values=[float(value) for value in each.values],
+            position=each.prime,
+            value=each.value,
+            words=[word.text for word in read.words],
+            word=read.words[read.word_of[each.prime]].text,
+            context=each.context,
+            position_in_context=each.position,
+        )
+
+    def card(self, index: int, *, n: int, sampling: str, window: int | None, bins: int) -> FeatureCard:
         """All that is known of one feature; what only an extraction knows is None before there is one."""
         self.check_index(index)
         key = FeatureKey(self.sae.slug, index)
@@ -217,29 +277,11 @@ class Knowledge:
             top_tokens=self.top_tokens(index, 50),
             promoted=logits[0] if logits else None,
             suppressed=logits[1] if logits else None,
+            logit_histogram=self.logit_histogram(index),
+            partners=self.partners(index, 10),
             examples=self.examples(index, None if sampling == "all" else sampling, n, window),
             labels=history,
         )
-
-    def search_row(self, index: int) -> dict[str, Any]:
-        """What the search index holds of a feature, without its vectors."""
-        stats = self.extraction.feature(index)
-        label = self.labels.get(index)
-        tokens = [each.token.strip() for each in self.top_tokens(index, INDEXED_TOKENS)]
-        examples = self.extraction.examples(index, "top", window=INDEXED_WINDOW)[:INDEXED_EXAMPLES]
-        texts = ["".join(self.strings(each.token_ids)).strip() for each in examples]
-        return {
-            "id": FeatureKey(self.sae.slug, index).id,
-            "sae": self.sae.slug,
-            "index": index,
-            "label": label.label if label else "",
-            "category": label.category if label else "",
-            "text": " ".join(token for token in dict.fromkeys(tokens) if token),
-            "example_text": " … ".join(texts),
-            "frequency": stats.frequency,
-            "max_activation": stats.max,
-            "dense": stats.dense,
-        }
 
     def alive(self) -> Iterator[int]:
         """Indices of the features that fired at least once."""

@@ -2,44 +2,134 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Generator, Iterator
-from typing import Any
+from collections.abc import Callable, Generator
 
 from mistudio_engine.api.errors import BadInput, Conflict
 from mistudio_engine.api.events import Progress, Signal
 from mistudio_engine.api.features import LabellingReport
-from mistudio_engine.api.operations.labels import LabelFeatures, LabelHistory, SetLabel
-from mistudio_engine.api.records import LabelRecord, Page, Plan, SAERecord
+from mistudio_engine.api.operations.labels import LabelFeatures, LabelHistory, LabellingAttempts, SetLabel
+from mistudio_engine.api.records import Finding, Job, LabelRecord, Page, Plan, SAERecord
 from mistudio_engine.api.refs import feature_of
-from mistudio_engine.discovery.labelling.labeller import Evidence, Label, LabelFailure, Labeller, gather_evidence
+from mistudio_engine.discovery.analysis_store import read_analysis
+from mistudio_engine.discovery.labelling.budget import Budget
+from mistudio_engine.discovery.labelling.labeller import Labeller, gather_evidence
+from mistudio_engine.discovery.labelling.llm import LLMLabeller
+from mistudio_engine.discovery.labelling.prompts import SYSTEM_MESSAGE, USER_PROMPT, Notes, Place, Prompt
 from mistudio_engine.discovery.labelling.token_pattern import TokenPatternLabeller
-from mistudio_engine.handlers.knowledge import Knowledge
+from mistudio_engine.handlers.chats import Connection, connection, open_chat, require_person_for_address
+from mistudio_engine.handlers.knowledge import DERIVED_FOLDER, Knowledge
+from mistudio_engine.handlers.label_book import LabelBook, asked_for, stays
 from mistudio_engine.handlers.registry import Planned, handles, plans, runs
 from mistudio_engine.handlers.search_index import update_rows
+from mistudio_engine.handlers.settings import setting
 from mistudio_engine.models.vocabulary import special_ids
 from mistudio_engine.runtime.engine import Engine, caller
 from mistudio_engine.runtime.jobs import JobContext
 
-LABELLED_AT_ONCE = 64
-"""Labels to one update of the search index."""
+PLANNED_PROMPTS = 32
+"""Prompts that a plan builds to see how long they are."""
 
-SAMPLES_SHOWN = 8
+CHARACTERS_PER_TOKEN = 4
+"""Of English text in the usual tokenizers; a plan says that it is an estimate."""
+
+ANSWER_TOKENS = (60, 400)
+"""A short answer, and the longest."""
+
+LLM_ONLY = (
+    *("model", "base_url", "temperature", "n_examples", "n_negatives", "n_parallel", "system_message", "user_prompt"),
+    *("max_usd", "price_per_million_input", "price_per_million_output"),
+)
+"""Arguments that only a language model has a use for."""
 
 
 @plans(LabelFeatures)
 def plan_label_features(operation: LabelFeatures, engine: Engine) -> Planned:
+    require_person_for_address(operation.base_url)
     with Knowledge.of(engine, operation.sae) as known:
         covered = set(known.extraction.indices.tolist()) if operation.features else set()
         for index in operation.features or []:
             known.check_index(index)
             if index not in covered:
                 known.extraction.feature(index)  # which says that the extraction was of other features
-        n = len(operation.features) if operation.features is not None else known.record.n_alive
-        plan = Plan(
-            summary=f"Label {n:,} features of {known.sae.ref} by their token patterns.", details={"n_features": n}
-        )
+        if _provider(operation, engine) == "token_pattern":
+            plan = _plan_token_pattern(operation, known)
+        else:
+            plan = _plan_llm(operation, engine, known)
         return Planned(plan, subject=known.sae.ref)
+
+
+def _provider(operation: LabelFeatures, engine: Engine) -> str:
+    return operation.provider or setting(engine, "labelling_provider")
+
+
+def _plan_token_pattern(operation: LabelFeatures, known: Knowledge) -> Plan:
+    fields = type(operation).model_fields
+    if idle := sorted(name for name in LLM_ONLY if getattr(operation, name) != fields[name].default):
+        raise BadInput(
+            f"{', '.join(idle)} would do nothing: token_pattern asks no language model.",
+            fix="Leave it out, or give provider: openai, ollama or compatible.",
+        )
+    n = len(operation.features) if operation.features is not None else known.record.n_alive
+    return Plan(summary=f"Label {n:,} features of {known.sae.ref} by their token patterns.", details={"n_features": n})
+
+
+def _plan_llm(operation: LabelFeatures, engine: Engine, known: Knowledge) -> Plan:
+    to = _connection(operation, engine)
+    if operation.max_usd is not None and to.prices is None:
+        raise BadInput(
+            f"max_usd = {operation.max_usd:g} cannot be kept to: nobody has said what {to.id} costs.",
+            fix="Give price_per_million_input and price_per_million_output in US dollars, from the provider's page.",
+        )
+    wanted = [index for index in asked_for(operation, known) if not stays(operation, known.labels.get(index))]
+    prompt, notes = _prompt(operation, known), _notes(known)
+    sample = wanted[:: max(1, len(wanted) // PLANNED_PROMPTS)][:PLANNED_PROMPTS]
+    questions = [prompt.question(gather_evidence(known.extraction, index), notes(index)).question for index in sample]
+    n_characters = sum(len(each.system) + len(each.user) for each in questions) / max(1, len(questions))
+    n_tokens = math.ceil(n_characters / CHARACTERS_PER_TOKEN)
+    seconds_each = _measured_seconds(engine, to.id)
+    seconds = None if seconds_each is None else len(wanted) * seconds_each / operation.n_parallel
+    least, most = (None if to.prices is None else to.prices.usd(n_tokens, n) * len(wanted) for n in ANSWER_TOKENS)
+    cost = "free" if most == 0 else "for an unknown price" if most is None else f"for ${least:.2f} to ${most:.2f}"
+    return Plan(
+        summary=f"Label {len(wanted):,} features of {known.sae.ref} by {to.id}, {operation.n_parallel} at once, "
+        f"{cost}.",
+        seconds=seconds,
+        details={
+            "n_features": len(wanted),
+            "n_requests": len(wanted),
+            "prompt_tokens_each": n_tokens,
+            "prompt_tokens": n_tokens * len(wanted),
+            "completion_tokens": [n * len(wanted) for n in ANSWER_TOKENS],
+            "usd": None if most is None else [least, most],
+            "max_usd": operation.max_usd,
+            "seconds_per_request": seconds_each,
+            "how": f"{len(questions)} prompts were built; a token was taken to be {CHARACTERS_PER_TOKEN} characters, "
+            f"which is an estimate. An answer has {ANSWER_TOKENS[0]} to {ANSWER_TOKENS[1]} tokens. Requests that are "
+            "repeated come on top. "
+            + ("The time is unknown until this model has labelled here once." if seconds_each is None else ""),
+        },
+    )
+
+
+def _measured_seconds(engine: Engine, method: str) -> float | None:
+    """Seconds to an answer in the last job that asked this model; None before the first."""
+    for job in reversed(engine.store.all(Job, operation=LabelFeatures.tool, state="completed")):
+        if job.result and job.result.get("method") == method and job.result.get("seconds_per_request"):
+            return job.result["seconds_per_request"]
+    return None
+
+
+def _connection(operation: LabelFeatures, engine: Engine) -> Connection:
+    return connection(
+        engine,
+        _provider(operation, engine),
+        model=operation.model,
+        base_url=operation.base_url,
+        price_per_million_input=operation.price_per_million_input,
+        price_per_million_output=operation.price_per_million_output,
+    )
 
 
 @runs(LabelFeatures, lane="io", resumes="start")
@@ -47,83 +137,81 @@ def run_label_features(
     operation: LabelFeatures, engine: Engine, context: JobContext
 ) -> Generator[Progress, Signal, LabellingReport]:
     with Knowledge.of(engine, operation.sae) as known:
-        indices = list(dict.fromkeys(operation.features if operation.features is not None else known.alive()))
-        # A person's or an agent's label stays: looking for another would be for nothing.
-        kept = {index for index in indices if _is_foreign(known.labels.get(index))}
-        ours = {index for index in indices if _author(known.labels.get(index)) == f"job:{context.job.slug}"}
-        wanted = [index for index in indices if index not in kept | ours]
-        labeller = _labeller(known)
-        failures: Counter[str] = Counter()
-        samples: list[dict[str, Any]] = []
-        changed: list[int] = []
-        n_labelled = len(ours)  # by this job before the engine was killed
-        found = labeller.label_all(_evidence(known, wanted))
+        book = LabelBook(operation, engine, context, known)
+        to = None if _provider(operation, engine) == "token_pattern" else _connection(operation, engine)
+        budget = Budget(to.prices, operation.max_usd, book.usd_before(to.prices)) if to and to.prices else Budget()
+        if to is None:
+            labeller: Labeller = _token_pattern(known)
+        else:
+            chat = open_chat(
+                engine, to, temperature=operation.temperature, n_parallel=operation.n_parallel, budget=budget
+            )
+            labeller = LLMLabeller(chat, _prompt(operation, known), _notes(known))
+        found = labeller.label_all(gather_evidence(known.extraction, index) for index in book.wanted)
+        signal = Signal.GO
         try:
-            for n_done, outcome in enumerate(found, start=1):
-                if isinstance(outcome, LabelFailure):
-                    failures[outcome.reason] += 1
-                elif _write(engine, operation.sae, outcome, context) is None:
-                    kept.add(outcome.feature)  # somebody labelled it meanwhile
-                else:
-                    n_labelled += 1
-                    changed.append(outcome.feature)
-                    samples = _best([*samples, _sample(outcome)])
-                if len(changed) >= LABELLED_AT_ONCE:
-                    update_rows(engine, operation.sae, changed)
-                    changed = []
-                yield Progress(stage="labelling", fraction=n_done / len(wanted), unit="features")
-        finally:  # cancelled or not: what is labelled is found
-            update_rows(engine, operation.sae, changed)
-            engine.store.update(SAERecord, operation.sae, n_labelled=len(engine.store.labels(operation.sae)))
-    return LabellingReport(
-        sae=operation.sae,
-        n_labelled=n_labelled,
-        n_kept=len(kept),
-        n_failed=sum(failures.values()),
-        failures=dict(failures),
-        samples=samples,
-    )
+            for outcome in found:
+                if outcome is not None:
+                    book.enter(outcome)
+                book.keep()
+                signal = yield book.progress()
+                if signal is Signal.STOP:
+                    break
+        finally:  # cancelled or not: what came is kept, and found
+            found.close()  # type: ignore[attr-defined]  # a generator
+            book.close()
+        report = book.report(labeller.id)
+        if isinstance(labeller, LLMLabeller):
+            usage = labeller.chat.usage
+            report.n_requests, report.seconds_per_request = usage.n_requests, usage.seconds_per_request
+            report.n_prompt_tokens, report.n_completion_tokens = usage.n_prompt_tokens, usage.n_completion_tokens
+            report.usd = None if to is None or to.prices is None else budget.spent
+            if labeller.stopped_by is not None:
+                report.status = "max_usd_reached"
+        if signal is Signal.STOP and report.n_left:
+            report.status = "stopped"
+        return report
 
 
-def _author(label: LabelRecord | None) -> str:
-    return label.author if label is not None else ""
-
-
-def _is_foreign(label: LabelRecord | None) -> bool:
-    return label is not None and not label.author.startswith("job:")
-
-
-def _labeller(known: Knowledge) -> Labeller:
+def _token_pattern(known: Knowledge) -> Labeller:
     vocabulary = known.tokenizer.get_vocab()
     strings = known.strings(range(1 + max(vocabulary.values())))
     return TokenPatternLabeller(strings, special_ids(known.tokenizer))
 
 
-def _evidence(known: Knowledge, indices: list[int]) -> Iterator[Evidence]:
-    return (gather_evidence(known.extraction, index) for index in indices)
-
-
-def _write(engine: Engine, sae: str, label: Label, context: JobContext) -> LabelRecord | None:
-    return engine.store.add_label(
-        LabelRecord(
-            sae=sae,
-            index=label.feature,
-            label=label.label,
-            category=label.category,
-            author=f"job:{context.job.slug}",
-            method=label.method,
-            confidence=label.confidence,
-            evidence=label.evidence,
-        )
+def _prompt(operation: LabelFeatures, known: Knowledge) -> Prompt:
+    """The prompt of a call: its own words, or ours."""
+    # Paths that people, agents and language models chose; those of token patterns describe positions, not meanings.
+    named = [label for label in known.labels.values() if label.category and label.method != TokenPatternLabeller.id]
+    categories = Counter(label.category for label in named)
+    place = Place(
+        sae=known.sae.slug,
+        model=known.record.model,
+        hook=known.record.hook_name,
+        layer=known.sae.layer,
+        categories=[category for category, _ in categories.most_common(30)],
+    )
+    return Prompt(
+        known.strings,
+        place,
+        system_message=operation.system_message or SYSTEM_MESSAGE,
+        user_prompt=operation.user_prompt or USER_PROMPT,
+        n_examples=operation.n_examples,
+        n_negatives=operation.n_negatives,
     )
 
 
-def _sample(label: Label) -> dict[str, Any]:
-    return {"feature": label.feature, "label": label.label, "category": label.category, "confidence": label.confidence}
+def _notes(known: Knowledge) -> Callable[[int], Notes]:
+    """What is known of a feature beside its contexts: logit effects, and the analysis if one was made."""
+    folder = known.folder / DERIVED_FOLDER
 
+    def of(index: int) -> Notes:
+        logits = known.logit_tokens(index, 10)
+        promoted, suppressed = ([(each.token, each.value) for each in side] for side in logits or ([], []))
+        found = read_analysis(folder, index)
+        return Notes(promoted, suppressed, found.summary if found is not None else "")
 
-def _best(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return sorted(samples, key=lambda sample: -sample["confidence"])[:SAMPLES_SHOWN]
+    return of
 
 
 @handles(SetLabel)
@@ -160,3 +248,12 @@ def label_history(operation: LabelHistory, engine: Engine) -> Page[LabelRecord]:
         known.check_index(operation.index)
     rows = engine.store.label_history(operation.sae, operation.index)
     return Page[LabelRecord](rows=rows, total=len(rows), shown=len(rows))
+
+
+@handles(LabellingAttempts)
+def labelling_attempts(operation: LabellingAttempts, engine: Engine) -> Page[Finding]:
+    with Knowledge.of(engine, operation.sae) as known:
+        known.check_index(operation.index)
+    rows = engine.store.findings(operation.sae, operation.index, "attempt")
+    shown = rows[: operation.limit]
+    return Page[Finding](rows=shown, total=len(rows), shown=len(shown))

@@ -21,6 +21,7 @@ from mistudio_engine.api.operations.saes import (
     ShowSAEConfig,
 )
 from mistudio_engine.api.records import Evaluation, ExtractionRecord, ModelRecord, Page, Plan, SAERecord, TrainingRecord
+from mistudio_engine.handlers.directions import forget_directions
 from mistudio_engine.handlers.models import remove_folder
 from mistudio_engine.handlers.registry import Planned, handles, plans, runs
 from mistudio_engine.handlers.resources import (
@@ -190,6 +191,7 @@ def delete_sae(operation: DeleteSAE, engine: Engine) -> Deleted:
         engine.store.delete(SAERecord, record.slug)
     if engine.index is not None:
         engine.index.delete_sae(record.slug)
+    forget_directions(engine, record.slug)
     freed = sum(remove_folder(engine, each.folder) for each in extractions) + remove_folder(engine, record.folder)
     return Deleted(ref=record.ref, freed_bytes=freed, also=[each.ref for each in extractions])
 

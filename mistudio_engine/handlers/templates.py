@@ -18,6 +18,7 @@ from mistudio_engine.api.operations import OPERATIONS, JobOperation, Operation
 from mistudio_engine.api.operations.datasets import Deleted
 from mistudio_engine.api.operations.templates import (
     TEMPLATE_VERSION,
+    CloneTemplate,
     DeleteTemplate,
     ExportTemplate,
     ImportTemplate,
@@ -37,28 +38,30 @@ from mistudio_engine.runtime.job_book import NOT_ARGUMENTS, rebuilt
 
 __all__ = ["apply_template", "count_use", "next_calls"]
 
-OF_ONE_CALL = NOT_ARGUMENTS | {"name", "template"}
-"""Arguments that a template does not have: they concern one call, or are a name that can be given once."""
+OF_ONE_CALL = NOT_ARGUMENTS | {"name", "template", "base_url"}
+"""Arguments that a template does not have: they concern one call, are a name that can be given once, or say where
+prompts are sent, which somebody could slip to others in a template."""
 
 
 def apply_template(operation: JobOperation[Any], engine: Engine) -> JobOperation[Any]:
-    """The operation with its template's arguments below its own; as it is when it names none.
+    """The operation with its template's arguments below its own; as it is when there is none.
+
+    A call that names no template gets the default one; one that says null gets none.
 
     Raises:
         NotFound: there is no such template.
         BadInput: the template is another operation's, or the two together make no sense.
     """
-    name = getattr(operation, "template", None)
-    if name is None:
+    record = _template_of(operation, engine)
+    if record is None:
         return operation
-    record = engine.store.get(TemplateRecord, name)
     if record.operation != operation.tool:
         raise BadInput(
             f"{record.ref} is a template for {record.operation}, not for {operation.tool}.",
             fix=f"Use one for {operation.tool}, or none.",
             next_call=("find", {"kind": "template", "query": operation.tool}),
         )
-    own = operation.model_dump(mode="json", exclude_unset=True)
+    own = operation.model_dump(mode="json", exclude_unset=True) | {"template": record.slug}
     try:
         return type(operation).model_validate(merged(record.arguments, own))
     except ValidationError as error:
@@ -67,6 +70,16 @@ def apply_template(operation: JobOperation[Any], engine: Engine) -> JobOperation
             why=f"{record.ref} gives {_listed(record.arguments)}.",
             fix="An argument of the call takes the place of the template's; null takes one away.",
         ) from None
+
+
+def _template_of(operation: JobOperation[Any], engine: Engine) -> TemplateRecord | None:
+    """The template that a call names, else the default of its operation, unless it says that it wants none."""
+    name = getattr(operation, "template", None)
+    if name is not None:
+        return engine.store.get(TemplateRecord, name)
+    if "template" not in type(operation).model_fields or "template" in operation.model_fields_set:
+        return None
+    return next(iter(engine.store.all(TemplateRecord, operation=operation.tool, default=True)), None)
 
 
 def count_use(operation: JobOperation[Any], engine: Engine) -> None:
@@ -127,12 +140,18 @@ def _arguments(kind: type[Operation[Any]], arguments: Mapping[str, Any]) -> dict
 def _keep(engine: Engine, record: TemplateRecord, *, replace: bool) -> TemplateRecord:
     record = record.model_copy(update={"updated_at": time.time()})
     with engine.store.transaction():
-        if engine.store.exists(TemplateRecord, record.slug) and not replace:
-            raise Conflict(
-                f"There is a template {record.slug!r} already.",
-                fix="Give another name, or replace=true to write over it.",
-                next_call=("describe", {"ref": record.ref}),
-            )
+        if engine.store.exists(TemplateRecord, record.slug):
+            if not replace:
+                raise Conflict(
+                    f"There is a template {record.slug!r} already.",
+                    fix="Give another name, or replace=true to write over it.",
+                    next_call=("describe", {"ref": record.ref}),
+                )
+            earlier = engine.store.get(TemplateRecord, record.slug)
+            if earlier.default and earlier.operation == record.operation:
+                record = record.model_copy(update={"default": True})
+        if record.default:
+            _make_default(engine, record)
         return engine.store.put(record)
 
 
@@ -180,9 +199,10 @@ def show_template(operation: ShowTemplate, engine: Engine) -> TemplateRecord:
 def update_template(operation: UpdateTemplate, engine: Engine) -> TemplateRecord:
     with engine.store.transaction():
         record = engine.store.get(TemplateRecord, operation.template)
-        changes: dict[str, Any] = {
-            name: value for name in ("description", "favourite") if (value := getattr(operation, name)) is not None
-        }
+        given = {name: getattr(operation, name) for name in ("description", "favourite", "default")}
+        changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        if operation.default:
+            _make_default(engine, record)
         if operation.arguments is not None:
             changes["arguments"] = _arguments(_kind(record.operation), operation.arguments)
         if operation.name in (None, record.slug):
@@ -191,6 +211,36 @@ def update_template(operation: UpdateTemplate, engine: Engine) -> TemplateRecord
         renamed = _keep(engine, renamed, replace=False)
         engine.store.delete(TemplateRecord, record.slug)
         return renamed
+
+
+def _make_default(engine: Engine, record: TemplateRecord) -> None:
+    """Make room for a default: the one that the operation had is none any more.
+
+    Raises:
+        BadInput: the operation takes no template.
+    """
+    if "template" not in _kind(record.operation).model_fields:
+        raise BadInput(
+            f"{record.ref} cannot be a default: {record.operation} takes no template.",
+            fix="Start it with run_template.",
+        )
+    for other in engine.store.all(TemplateRecord, operation=record.operation, default=True):
+        if other.slug != record.slug:
+            engine.store.update(TemplateRecord, other.slug, default=False)
+
+
+@handles(CloneTemplate)
+def clone_template(operation: CloneTemplate, engine: Engine) -> TemplateRecord:
+    with engine.store.transaction():
+        record = engine.store.get(TemplateRecord, operation.template)
+        copy = TemplateRecord(
+            slug=operation.name or engine.store.new_slug(TemplateRecord, record.slug),
+            operation=record.operation,
+            arguments=record.arguments,
+            description=record.description,
+            version=record.version,
+        )
+        return _keep(engine, copy, replace=False)
 
 
 @handles(DeleteTemplate)

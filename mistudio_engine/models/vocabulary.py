@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
-__all__ = ["special_ids", "token_string", "token_strings", "tokenizer_hash"]
+__all__ = ["byte_alphabet", "ids_that_read", "special_ids", "token_string", "token_strings", "tokenizer_hash"]
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -37,6 +37,17 @@ def token_strings(tokenizer: Any, ids: Iterable[int]) -> list[str]:
 def token_string(tokenizer: Any, token_id: int) -> str:
     """One id as text, as in `token_strings`."""
     return token_strings(tokenizer, [token_id])[0]
+
+
+def ids_that_read(tokenizer: Any, text: str) -> set[int]:
+    """Ids of the single tokens that read as `text`, with or without spaces around them; none where it is several."""
+    ids = list(tokenizer.get_vocab().values())
+    wanted = text.strip() or text
+    return {
+        each
+        for each, string in zip(ids, token_strings(tokenizer, ids), strict=True)
+        if wanted in (string.strip(), string)
+    }
 
 
 def special_ids(tokenizer: Any) -> frozenset[int]:
@@ -75,7 +86,7 @@ def _readable(piece: str | None, byte_level: bool) -> str:
     if piece is None:
         return ""
     if byte_level:
-        alphabet = _byte_alphabet()
+        alphabet = byte_alphabet()
         if all(character in alphabet for character in piece):
             return _text(bytes(alphabet[character] for character in piece))
         return piece
@@ -93,7 +104,7 @@ def _text(raw: bytes) -> str:
 
 
 @cache
-def _byte_alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """GPT-2's printable stand-ins for bytes: printable Latin-1 characters are themselves, the others U+0100 and up."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     alphabet = {chr(byte): byte for byte in printable}

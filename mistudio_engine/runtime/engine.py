@@ -33,6 +33,7 @@ from mistudio_engine.runtime.hub import Hub
 from mistudio_engine.runtime.jobs import JobContext, Jobs, Runner
 from mistudio_engine.runtime.memory import MemoryLedger
 from mistudio_engine.runtime.monitor import Monitor
+from mistudio_engine.runtime.secrets import Secrets
 from mistudio_engine.runtime.store import Store
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ class Engine:
         self.bus = Bus(self.store)
         self.compute = ComputeLane()
         self.memory = MemoryLedger(self.compute)
-        self.hub = Hub(self.home)
+        self.hub = Hub(self.home, token=partial(Secrets(self.home).get, "hf_token"))
         self.monitor = Monitor(self.bus)
         self.index: FeatureIndex | None = None
         self._runners: dict[str, Runner] = {}

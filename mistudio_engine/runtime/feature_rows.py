@@ -17,6 +17,8 @@ from mistudio_engine.api.errors import WrongShape
 from mistudio_engine.api.records import Data, Page
 
 __all__ = [
+    "VECTORS",
+    "AuthorKind",
     "FeatureHit",
     "FeatureHits",
     "FeatureRow",
@@ -24,12 +26,18 @@ __all__ = [
     "Where",
     "arrow_schema",
     "arrow_table",
+    "author_kind",
+    "category_key",
     "clean",
     "quoted",
     "unit_vector",
 ]
 
+VECTORS = ("label_vector", "example_vector")
+
 SearchMode = Literal["text", "meaning", "hybrid"]
+
+AuthorKind = Literal["person", "agent", "job"]
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -40,11 +48,22 @@ class FeatureRow(TypedDict):
     id: str
     sae: str
     index: int
+    extraction: str
+    """Which extraction its statistics are from."""
+
     label: str
     category: str
+    author: str
+    """Who wrote the label: `person`, `agent:<name>` or `job:<slug>`; empty without one."""
+
+    confidence: float | None
     text: str
+    """The tokens that tell most of it."""
+
     example_text: str
     frequency: float
+    """0 where it is dead."""
+
     max_activation: float
     dense: bool
     label_vector: Any
@@ -60,32 +79,25 @@ class Where(Data):
     category: str | None = None
     """A category path or the beginning of one: `Emotion > Positive` has `Emotion > Positive > Love` in it."""
 
+    label: str | None = None
+    """Text that the label has in it, in any case."""
+
     labelled: bool | None = None
+    author: AuthorKind | None = None
+    """Who wrote the label."""
+
+    min_confidence: Finite | None = None
+    """At least this confidence; a feature without any is left out."""
+
     dense: bool | None = None
+    dead: bool | None = None
     min_frequency: Finite | None = None
     max_frequency: Finite | None = None
     min_activation: Finite | None = None
     """At least this maximum activation."""
 
-    def sql(self) -> str | None:
-        """The filter as LanceDB takes it; every value is quoted or a number."""
-        parts = []
-        if self.sae is not None:
-            parts.append(f"sae = {quoted(self.sae)}")
-        if self.category is not None:
-            path = quoted(_category_key(self.category))
-            parts.append(f"(category_key = {path} OR starts_with(category_key, concat({path}, ' > ')))")
-        if self.labelled is not None:
-            parts.append("label != ''" if self.labelled else "label = ''")
-        if self.dense is not None:
-            parts.append("dense" if self.dense else "NOT dense")
-        if self.min_frequency is not None:
-            parts.append(f"frequency >= {self.min_frequency!r}")
-        if self.max_frequency is not None:
-            parts.append(f"frequency <= {self.max_frequency!r}")
-        if self.min_activation is not None:
-            parts.append(f"max_activation >= {self.min_activation!r}")
-        return " AND ".join(parts) or None
+    max_activation: Finite | None = None
+    """At most this maximum activation."""
 
 
 class FeatureHit(Data):
@@ -94,14 +106,17 @@ class FeatureHit(Data):
     id: str
     sae: str
     index: int
+    extraction: str
     label: str
     category: str
+    author: str
+    confidence: float | None
     text: str
     frequency: float
     max_activation: float
     dense: bool
-    score: float
-    """0 to 1; `score_means` of the page says what it is."""
+    score: float | None
+    """0 to 1; `score_means` of the page says what it is. None in a list, where nothing was compared."""
 
     why: str
     """What matched, in words."""
@@ -110,11 +125,13 @@ class FeatureHit(Data):
 class FeatureHits(Page[FeatureHit]):
     """One page of an answer."""
 
-    mode: SearchMode
+    mode: str
     embedder: str | None = None
     """What made the vectors that were compared; None when only words were looked at."""
 
     score_means: str
+    hidden: dict[str, int] = {}
+    """How many match and were left out: `dense`, `dead`, `badly_scored`."""
 
 
 def arrow_schema(dimension: int | None) -> pa.Schema:
@@ -123,9 +140,12 @@ def arrow_schema(dimension: int | None) -> pa.Schema:
         ("id", pa.string()),
         ("sae", pa.string()),
         ("index", pa.int64()),
+        ("extraction", pa.string()),
         ("label", pa.string()),
         ("category", pa.string()),
         ("category_key", pa.string()),
+        ("author", pa.string()),
+        ("confidence", pa.float64()),
         ("text", pa.string()),
         ("example_text", pa.string()),
         ("frequency", pa.float64()),
@@ -133,35 +153,47 @@ def arrow_schema(dimension: int | None) -> pa.Schema:
         ("dense", pa.bool_()),
     ]
     if dimension is not None:
-        vector = pa.list_(pa.float32(), dimension)
-        fields += [("label_vector", vector), ("example_vector", vector)]
+        fields += [(name, pa.list_(pa.float32(), dimension)) for name in VECTORS]
     return pa.schema(fields)
 
 
 def arrow_table(rows: Iterable[FeatureRow], dimension: int | None) -> pa.Table:
     """Rows as Arrow; of several with one id the last counts. Raises WrongShape for a vector of another dimension."""
-    unique = {row["id"]: row for row in rows}
-    return pa.Table.from_pylist([_columns(row, dimension) for row in unique.values()], schema=arrow_schema(dimension))
+    unique = list({row["id"]: row for row in rows}.values())
+    columns = pa.Table.from_pylist([_plain(row) for row in unique], schema=arrow_schema(None))
+    if dimension is not None:
+        for name in VECTORS:
+            columns = columns.append_column(name, _vector_column(unique, name, dimension))
+    return columns
 
 
-def _columns(row: FeatureRow, dimension: int | None) -> dict[str, Any]:
-    columns: dict[str, Any] = {
+def _plain(row: FeatureRow) -> dict[str, Any]:
+    return {
         "id": clean(row["id"]),
         "sae": clean(row["sae"]),
         "index": int(row["index"]),
+        "extraction": clean(row["extraction"]),
         "label": clean(row["label"]),
         "category": clean(row["category"]),
-        "category_key": _category_key(row["category"]),
+        "category_key": category_key(row["category"]),
+        "author": clean(row["author"]),
+        "confidence": row["confidence"],
         "text": clean(row["text"]),
         "example_text": clean(row["example_text"]),
         "frequency": float(row["frequency"]),
         "max_activation": float(row["max_activation"]),
         "dense": bool(row["dense"]),
     }
-    if dimension is not None:
-        for name in ("label_vector", "example_vector"):
-            columns[name] = unit_vector(row[name], dimension, f"{name} of {row['id']}")
-    return columns
+
+
+def _vector_column(rows: list[FeatureRow], name: str, dimension: int) -> pa.FixedSizeListArray:
+    vectors = np.zeros((len(rows), dimension), np.float32)
+    missing = np.ones(len(rows), bool)
+    for at, row in enumerate(rows):
+        unit = unit_vector(row[name], dimension, f"{name} of {row['id']}")
+        if unit is not None:
+            vectors[at], missing[at] = unit, False
+    return pa.FixedSizeListArray.from_arrays(vectors.reshape(-1), dimension, mask=pa.array(missing))
 
 
 def unit_vector(vector: Any, dimension: int, what: str) -> np.ndarray | None:
@@ -185,6 +217,11 @@ def quoted(text: str) -> str:
     return "'" + clean(text).replace("'", "''") + "'"
 
 
-def _category_key(path: str) -> str:
+def category_key(path: str) -> str:
     """A category path for comparing: `Emotion>positive ` is `emotion > positive`."""
     return " > ".join(clean(part).strip().lower() for part in path.split(">"))
+
+
+def author_kind(author: str) -> str:
+    """`person`, `agent` or `job`; empty where there is no label."""
+    return author.partition(":")[0]

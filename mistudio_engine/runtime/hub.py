@@ -17,7 +17,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -59,10 +59,14 @@ class Hub:
     Args:
         home: the data directory; partial downloads lie in its `downloads/`.
         endpoint: base address; HF_ENDPOINT by default, else huggingface.co.
+        token: gives the token that is used where a call names none; HF_TOKEN or none by default.
     """
 
-    def __init__(self, home: Path, endpoint: str | None = None) -> None:
+    def __init__(
+        self, home: Path, endpoint: str | None = None, *, token: Callable[[], str | None] = lambda: None
+    ) -> None:
         self.home = Path(home)
+        self._token = token
         self.endpoint = (endpoint or os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).rstrip("/")
         self._busy: set[Path] = set()
         self._lingering: dict[Path, Transfer[Any]] = {}
@@ -99,6 +103,7 @@ class Hub:
             EmptyData: nothing in it is wanted.
             Unreachable: the hub does not answer, or we are offline.
         """
+        token = token or self._token()
         with self._asking(repo_id, revision):
             info = HfApi(endpoint=self.endpoint, token=token).repo_info(
                 repo_id, repo_type=REPO_TYPES[kind], revision=revision, files_metadata=True, timeout=TIMEOUT_SECONDS
@@ -159,7 +164,7 @@ class Hub:
             Cancelled: it was told to stop early; half a repository is of no use.
             NotFound, BadInput, Unsupported, EmptyData, Unreachable: as `listing`.
         """
-        target = Path(target)
+        target, token = Path(target), token or self._token()
         _require_absent(target)
         asking = Meter()
         asking.stage = f"asking the hub for {repo_id}"

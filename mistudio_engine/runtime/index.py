@@ -2,7 +2,7 @@
 
 The records in SQLite are the truth and `rows()` gives them all again, so a folder that was deleted, damaged, written
 for another embedder or left open by a killed engine is rebuilt, with the same answers. One process writes, through this
-class; a search sees one version of the table from its first page to its last.
+class; a search sees one version of the table from its first page to its last, in memory (`snapshot.py`).
 
 It knows neither how a vector is made nor what makes a hit a good one (`ranking.py`), nor which features ought to be
 hidden.
@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import errno
 import hashlib
 import json
 import logging
+import math
 import secrets
 import shutil
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from itertools import islice
@@ -28,10 +31,10 @@ from typing import Any, NamedTuple, TypeVar
 import lancedb
 import numpy as np
 import pyarrow as pa
-from lancedb.index import FTS, Bitmap, BTree
+from lancedb.index import FTS, BTree
 from lancedb.table import Table
 
-from mistudio_engine.api.errors import BadInput, DiskFull, EmptyData, Internal
+from mistudio_engine.api.errors import BadInput, Conflict, DiskFull, EmptyData, Internal
 from mistudio_engine.runtime.feature_rows import (
     FeatureHit,
     FeatureHits,
@@ -45,7 +48,8 @@ from mistudio_engine.runtime.feature_rows import (
     unit_vector,
 )
 from mistudio_engine.runtime.files import free_bytes, write_atomic
-from mistudio_engine.runtime.ranking import DEPTH, FIELD_WEIGHTS, SCORE_MEANS, best, by_meaning, by_words, fused, take
+from mistudio_engine.runtime.ranking import FIELD_WEIGHTS, SCORE_MEANS, Ranking, by_meaning, by_words, first, fused
+from mistudio_engine.runtime.snapshot import Snapshot
 
 __all__ = [
     "SCORE_MEANS",
@@ -54,6 +58,7 @@ __all__ = [
     "FeatureIndex",
     "FeatureRow",
     "IndexDamaged",
+    "OtherEmbedder",
     "SearchMode",
     "Where",
 ]
@@ -74,9 +79,15 @@ until then LanceDB scans them, and answers are the same."""
 KEEP_VERSIONS = timedelta(hours=1)
 """How long a cursor stays valid at the least."""
 
+SNAPSHOTS = 3
+"""Versions kept in memory: the newest, and those whose pages are being turned."""
+
 OPEN_WAIT_SECONDS = 0.05
 
-LAYOUT = 1
+MARKER = "features.json"
+"""Says which table counts, and what it holds."""
+
+LAYOUT = 2
 """Raised when the columns change: an index of another layout is rebuilt."""
 
 DAMAGE = (RuntimeError, OSError, ValueError)
@@ -85,6 +96,10 @@ DAMAGE = (RuntimeError, OSError, ValueError)
 
 class IndexDamaged(Internal):
     """The index could not be read, and rebuilding it did not help."""
+
+
+class OtherEmbedder(Conflict):
+    """Rows whose vectors are of another embedder than the index is of, or is being made for: make them again."""
 
 
 HIT_COLUMNS = [name for name in FeatureHit.model_fields if name not in ("score", "why")]
@@ -121,14 +136,41 @@ class FeatureIndex:
         self._marker: dict[str, Any] = {}
         self._unmerged = _Unmerged()
         self._journal: list[Write] | None = None
+        self._target = (embedder, dimension)  # of the table that the next write goes into
         self._n_rebuilt = 0
+        self._snapshots: OrderedDict[tuple[str, int], Snapshot] = OrderedDict()
+        self._reading = threading.Lock()  # held while a snapshot is made; taken after the others
+
+    @classmethod
+    def stored(cls, folder: Path) -> tuple[str | None, int | None]:
+        """The embedder, and its dimension, of the index in a folder; None twice where there is none."""
+        marker = _read_marker(Path(folder) / MARKER)
+        if marker.get("layout") != LAYOUT:
+            return None, None
+        return marker.get("embedder"), marker.get("dimension")
 
     # -- writing
 
-    def upsert(self, rows: Iterable[FeatureRow]) -> int:
-        """Add features, or replace those with the same id; how many. Write the records first, they are the truth."""
+    @property
+    def target(self) -> tuple[str | None, int | None]:
+        """The embedder, and its dimension, whose vectors rows need: of the table that is there or being made."""
+        return self._target
+
+    def upsert(self, rows: Iterable[FeatureRow], *, embedder: str | None = "") -> int:
+        """Add features, or replace those with the same id; how many. Write the records first, they are the truth.
+
+        Args:
+            rows: with vectors of the `target`.
+            embedder: what their vectors were made by, if the target may have changed since.
+
+        Raises:
+            OtherEmbedder: the target is another one by now.
+        """
+        target = self._target
+        if embedder != "" and embedder != target[0]:
+            raise OtherEmbedder(f"The index has vectors of {target[0]} and not of {embedder}.")
         # Made into Arrow first: a row that is wrong must not look like an index that is damaged.
-        batches = [arrow_table(batch, self.dimension) for batch in _batches(rows)]
+        batches = [arrow_table(batch, target[1]) for batch in _batches(rows)]
         n_rows = sum(batch.num_rows for batch in batches)
 
         def merge(table: Table) -> int:
@@ -137,12 +179,14 @@ class FeatureIndex:
             return n_rows
 
         if batches:
-            self._healed(lambda: self._write(merge), writing=True)
+            self._healed(lambda: self._write(merge, target), writing=True)
         return n_rows
 
-    def delete_sae(self, sae: str) -> None:
-        """Remove the features of an SAE."""
+    def delete_sae(self, sae: str, *, but: str | None = None) -> None:
+        """Remove the features of an SAE, all or those that are not of the extraction `but`."""
         where = f"sae = {quoted(sae)}"
+        if but is not None:
+            where += f" AND extraction != {quoted(but)}"
 
         def delete(table: Table) -> int:
             n_rows = table.count_rows(where)
@@ -154,22 +198,34 @@ class FeatureIndex:
 
     def rebuild(self) -> int:
         """Make the index anew from `rows()`; how many features it has. Searches meanwhile see the old one."""
+        return self._rebuild(self.embedder, self.dimension)
+
+    def switch(self, embedder: str | None, dimension: int | None) -> int:
+        """Make the index anew for another embedder, whose vectors `rows()` and `upsert` give from now on; how many
+        features it has. Searches by words meanwhile see the old one.
+        """
+        return self._rebuild(embedder, dimension)
+
+    def _rebuild(self, embedder: str | None, dimension: int | None) -> int:
         with self._building:
             self.folder.mkdir(parents=True, exist_ok=True)
             generation = secrets.token_hex(4)
             with self._lock:
                 self._journal = []  # what is written from here on may be missed by `rows()`
+                self._target = (embedder, dimension)
             try:
-                table = self._build(f"features-{generation}")
+                table = self._build(f"features-{generation}", dimension)
                 with self._lock:
                     for write in self._journal:
                         write(table)
                     self._table, self._unmerged = table, _Unmerged()
+                    self.embedder, self.dimension = embedder, dimension
                     self._mark(generation=generation)
                     self._n_rebuilt += 1
             finally:
                 with self._lock:
                     self._journal = None
+                    self._target = (self.embedder, self.dimension)
                 # What the marker does not name is of no use, be it the old table or one that could not be built.
                 named = f"features-{self._marker.get('generation')}.lance"
                 for folder in self.folder.glob("features-*.lance"):
@@ -178,23 +234,22 @@ class FeatureIndex:
             log.info("search index rebuilt with %d features", self._marker["rows"])
             return self._marker["rows"]
 
-    def _build(self, name: str) -> Table:
-        table = lancedb.connect(self.folder).create_table(name, schema=arrow_schema(self.dimension))
+    def _build(self, name: str, dimension: int | None) -> Table:
+        table = lancedb.connect(self.folder).create_table(name, schema=arrow_schema(dimension))
         for batch in _batches(self._rows()):
-            _merge(table, arrow_table(batch, self.dimension))
+            table.add(arrow_table(batch, dimension), on_bad_vectors="null")
         for field in FIELD_WEIGHTS:
             # Words such as "the" are features too, and tokens can be long: nothing is dropped.
             table.create_index(field, config=FTS(base_tokenizer="icu", remove_stop_words=False, max_token_length=None))
-        for field in ("id", "category_key", "frequency"):
-            table.create_index(field, config=BTree())
-        for field in ("sae", "dense"):
-            table.create_index(field, config=Bitmap())
+        table.create_index("id", config=BTree())
         return table
 
-    def _write(self, write: Write) -> None:
+    def _write(self, write: Write, target: tuple[str | None, int | None] | None = None) -> None:
         """Write to the table, or leave it to the rebuild that is going on: whoever writes never waits for one."""
         while True:
             with self._lock:
+                if target is not None and target != self._target:
+                    raise OtherEmbedder(f"The index is being made for {self._target[0]} and not for {target[0]}.")
                 if self._journal is not None:
                     self._journal.append(write)
                     return
@@ -222,14 +277,16 @@ class FeatureIndex:
         """Say that everything written is in the index: an index that was not closed is rebuilt, as after `kill -9`."""
         with self._lock:
             if self._table is not None:
-                self._mark(open=False)
+                with contextlib.suppress(*DAMAGE):  # what was deleted meanwhile is made anew by the next engine
+                    self._mark(open=False)
                 self._table = None
+        self._snapshots.clear()
 
     # -- reading
 
     def count(self, where: Where | None = None) -> int:
         """How many features there are."""
-        return self._healed(lambda: self._snapshot(None)[0].count_rows((where or Where()).sql()))
+        return self._healed(lambda: int(self._snapshot(None)[0].mask(where or Where()).sum()))
 
     def search(
         self,
@@ -254,43 +311,70 @@ class FeatureIndex:
             WrongShape: a vector that is not of our embedder.
             BadInput: a cursor of another search, or of a version that is gone.
         """
-        where = where or Where()
-        condition = where.sql()
         query = clean(query)
         if mode != "meaning" and not query.strip():
             raise EmptyData("The query is empty.", fix="Give one word or more.")
         unit = self._query_vector(vector) if mode != "text" else None
-        asked = _fingerprint(mode, query if mode != "meaning" else "", where, unit)
+
+        def rank(snapshot: Snapshot) -> Ranking:
+            if unit is None:
+                return by_words(snapshot, query)
+            meaning = by_meaning(snapshot, unit)
+            return meaning if mode == "meaning" else fused(snapshot, by_words(snapshot, query), meaning)
+
+        asked = f"{'' if mode == 'meaning' else query}|{'' if unit is None else unit.tobytes().hex()}"
+        return self.rank(rank, mode=mode, asked=asked, where=where, limit=limit, cursor=cursor)
+
+    def rank(
+        self,
+        rank: Callable[[Snapshot], Ranking],
+        *,
+        mode: str,
+        asked: str,
+        where: Where | None = None,
+        limit: int = 20,
+        cursor: str | None = None,
+    ) -> FeatureHits:
+        """A page of what `rank` makes of the features, best first.
+
+        Args:
+            rank: scores every row of a snapshot; it must answer the same for the same version.
+            mode: one that `SCORE_MEANS` explains.
+            asked: all that `rank` depends on, so that a cursor is not used for something else.
+
+        Raises:
+            BadInput: a cursor of another search, or of a version that is gone.
+        """
+        where = where or Where()
+        asked = hashlib.sha256(json.dumps([mode, asked, where.model_dump()]).encode()).hexdigest()[:16]
         position = _read_cursor(cursor, asked) if cursor else None
 
         def answer() -> FeatureHits:
-            table, generation = self._snapshot(position)
+            snapshot, generation = self._snapshot(position)
+            ranking = rank(snapshot)
+            mask = snapshot.mask(where)
             offset = position.offset if position else 0
-            if unit is None:
-                ranking = by_words(table, query, condition)
-            elif mode == "meaning":
-                ranking = by_meaning(table, unit, condition, offset + limit)
-            else:
-                ranking = fused(by_words(table, query, condition), by_meaning(table, unit, condition, DEPTH))
-            scores = best(table, ranking, offset, limit)
-            rows = take(table, list(scores), HIT_COLUMNS)
-            hits = [
-                FeatureHit(score=min(1.0, max(0.0, score)), why="; ".join(ranking.why(row)), **rows[row])
-                for row, score in scores.items()
-            ]
-            end = offset + len(hits)
-            following = _Position(generation, table.version, end, asked) if hits and end < ranking.total else None
+            places = first(snapshot, ranking, mask, offset, offset + limit)
+            total = int((mask & ~np.isnan(ranking.scores)).sum())
+            end = offset + len(places)
+            following = _Position(generation, snapshot.version, end, asked) if places and end < total else None
+            rows = snapshot.rows.select(HIT_COLUMNS).take(pa.array(places, pa.int64())).to_pylist()
             return FeatureHits(
-                rows=hits,
-                total=ranking.total,
-                shown=len(hits),
+                rows=[_hit(row, ranking, place, mode) for row, place in zip(rows, places, strict=True)],
+                total=total,
+                shown=len(places),
                 next_cursor=following.cursor() if following else None,
                 mode=mode,
-                embedder=None if unit is None else self.embedder,
+                embedder=self.embedder if mode in ("meaning", "hybrid", "similar") else None,
                 score_means=SCORE_MEANS[mode],
+                hidden=_hidden(snapshot, ranking, where),
             )
 
         return self._healed(answer)
+
+    def snapshot(self) -> Snapshot:
+        """The newest version."""
+        return self._healed(lambda: self._snapshot(None)[0])
 
     # -- the table
 
@@ -328,7 +412,7 @@ class FeatureIndex:
         with self._building:
             if self._table is not None:
                 return self._table
-            marker = self._read_marker()
+            marker = _read_marker(self._marker_path)
             reason = self._distrust(marker)
             if reason is None:
                 table = self._open_table(marker["generation"])
@@ -354,33 +438,43 @@ class FeatureIndex:
             return "the engine before did not close it"
         return None
 
-    def _snapshot(self, position: _Position | None) -> tuple[Table, str]:
-        """A handle of its own that stays at one version, and the name of the table it is of. Waits for no writer."""
+    def _snapshot(self, position: _Position | None) -> tuple[Snapshot, str]:
+        """The version that a page is of, or the newest, and the name of the table it is of. Waits for no writer."""
         if self._table is None:
             self._open()
-        generation = self._marker["generation"]
+        marker = self._marker  # replaced and never changed
+        generation = marker["generation"]
         if position is not None and position.generation != generation:
             raise _gone()
+        key = (generation, position.version if position else marker["version"])
+        with self._reading:
+            if key not in self._snapshots:
+                self._snapshots[key] = self._load(key, marker["dimension"], is_cursor=position is not None)
+            self._snapshots.move_to_end(key)
+            for other in [each for each in self._snapshots if each[0] != generation]:
+                del self._snapshots[other]
+            while len(self._snapshots) > SNAPSHOTS:
+                self._snapshots.popitem(last=False)
+            return self._snapshots[key], generation
+
+    def _load(self, key: tuple[str, int], dimension: int | None, *, is_cursor: bool) -> Snapshot:
+        generation, version = key
         table = self._open_table(generation)
         try:
-            table.checkout(position.version if position else table.version)
+            table.checkout(version)
         except ValueError as error:
-            raise _gone() from error
-        return table, generation
+            if is_cursor:
+                raise _gone() from error
+            raise
+        of_same = [each for (name, _), each in self._snapshots.items() if name == generation]
+        return Snapshot(table, self.folder, dimension, max(of_same, key=lambda each: each.version, default=None))
 
     def _open_table(self, generation: str) -> Table:
         return lancedb.connect(self.folder).open_table(f"features-{generation}")
 
     @property
     def _marker_path(self) -> Path:
-        return self.folder / "features.json"
-
-    def _read_marker(self) -> dict[str, Any]:
-        try:
-            marker = json.loads(self._marker_path.read_bytes())
-        except (FileNotFoundError, ValueError):
-            return {}
-        return marker if isinstance(marker, dict) else {}
+        return self.folder / MARKER
 
     def _mark(self, **changes: Any) -> None:
         """Record what the folder holds, so that a missing or older file is noticed."""
@@ -410,6 +504,14 @@ class FeatureIndex:
         table.optimize(cleanup_older_than=KEEP_VERSIONS)
         self._unmerged = _Unmerged()
         self._mark()
+
+
+def _read_marker(path: Path) -> dict[str, Any]:
+    try:
+        marker = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return marker if isinstance(marker, dict) else {}
 
 
 def _merge(table: Table, data: pa.Table) -> None:
@@ -467,9 +569,28 @@ def _raise_disk_full(error: Exception, folder: Path) -> None:
         raise DiskFull.of("The search index", free + 1, free) from error
 
 
-def _fingerprint(mode: str, query: str, where: Where, unit: np.ndarray | None) -> str:
-    said = json.dumps([mode, query, where.model_dump()]).encode()
-    return hashlib.sha256(said + (b"" if unit is None else unit.tobytes())).hexdigest()[:16]
+def _hit(row: dict[str, Any], ranking: Ranking, place: int, mode: str) -> FeatureHit:
+    score = None if mode == "list" else min(1.0, max(0.0, float(ranking.scores[place])))
+    confidence = row.pop("confidence")
+    if confidence is not None and math.isnan(confidence):
+        confidence = None
+    return FeatureHit(score=score, why="; ".join(ranking.why(place)), confidence=confidence, **row)
+
+
+def _hidden(snapshot: Snapshot, ranking: Ranking, where: Where) -> dict[str, int]:
+    """How many match but for being dead, dense or badly scored; each is counted once, for the first of these."""
+    left = snapshot.mask(where.model_copy(update={"dead": None, "dense": None, "min_confidence": None}))
+    left &= ~np.isnan(ranking.scores)
+    counts = {}
+    for reason, out in (
+        ("dead", snapshot.dead if where.dead is False else None),
+        ("dense", snapshot.dense if where.dense is False else None),
+        ("badly_scored", None if where.min_confidence is None else ~(snapshot.confidence >= where.min_confidence)),
+    ):
+        if out is not None:
+            counts[reason] = int((left & out).sum())
+            left &= ~out
+    return {reason: count for reason, count in counts.items() if count}
 
 
 def _batches(rows: Iterable[FeatureRow]) -> Iterator[list[FeatureRow]]:

@@ -190,7 +190,8 @@ def arguments_of(operation: JobOperation[Any]) -> dict[str, Any]:
 
 def _asks_for(operation: JobOperation[Any], arguments: dict[str, Any]) -> bool:
     """Is it the call that a job with these arguments was started by?"""
-    if getattr(operation, "template", None) is None:
+    said_none = getattr(operation, "template", None) is None and "template" in operation.model_fields_set
+    if "template" not in type(operation).model_fields or arguments.get("template") is None or said_none:
         return arguments_of(operation) == arguments
     # What it leaves to its template was filled in then, and the template may have changed since.
     return _is_within(operation.model_dump(mode="json", exclude_unset=True, exclude=set(NOT_ARGUMENTS)), arguments)

@@ -1,9 +1,8 @@
-"""How features are ranked: by the words they carry, by meaning, and by both.
+"""How features are ranked: by the words they carry, by meaning, by both, by likeness, or by numbers from elsewhere.
 
-Functions of a LanceDB table that stays at one version. What a score is depends on the rows alone and not on how they
-were written: words are looked up in the full-text indices but weighed here, vectors are compared one by one. (BM25
-counts rows that are gone until LanceDB compacts them away, and an approximate vector index answers differently each
-time it is built. Exact, 50,000 features of 384 dimensions cost about 100 ms.)
+Functions of a snapshot. What a score is depends on the rows alone and not on how they were written: words are looked up
+in the full-text indices but weighed here (BM25 counts rows that are gone until LanceDB compacts them away), vectors are
+compared one by one.
 
 It knows the names of the columns, but not how rows got there, what a page is, nor who asks.
 """
@@ -11,20 +10,30 @@ It knows the names of the columns, but not how rows got there, what a page is, n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
-from lancedb.query import FullTextOperator, LanceQueryBuilder, LanceVectorQueryBuilder, MatchQuery
-from lancedb.table import Table
+from numpy.typing import NDArray
 
-from mistudio_engine.runtime.feature_rows import quoted
+from mistudio_engine.runtime.snapshot import Snapshot
 
-__all__ = ["FIELD_WEIGHTS", "SCORE_MEANS", "Ranking", "best", "by_meaning", "by_words", "fused", "take"]
+__all__ = [
+    "SCORE_MEANS",
+    "Ranking",
+    "Scores",
+    "by_meaning",
+    "by_words",
+    "first",
+    "fused",
+    "given",
+    "likeness",
+    "listed",
+    "mean_of",
+]
 
-FIELD_WEIGHTS = {"label": 1.0, "category": 0.8, "text": 0.6, "example_text": 0.4}
-"""What a word counts in the best field that has it."""
+FIELD_WEIGHTS = {"label": 1.0, "category": 0.8, "text": 0.6, "example_text": 0.2}
+"""What a word counts in the best field that has it. A window of text around an example holds every common word."""
 
 FIELD_NAMES = {
     "label": "label has",
@@ -33,198 +42,189 @@ FIELD_NAMES = {
     "example_text": "examples have",
 }
 
+LABEL_SHARE = 0.65
+"""What the label's likeness counts beside the examples'. Chosen on the embedded corpus (benchmarks/search.py)."""
+
+MEANING_SHARE = 0.7
+"""What meaning counts beside words in a hybrid ranking."""
+
+DOUBT = 0.05
+"""By what share a feature whose label is no better than chance counts less than a certain one in a hybrid ranking."""
+
 SCORE_MEANS: dict[str, str] = {
     "text": "Share of the query's words that the feature carries, rare words weighing more: 1 is all of them in the "
-    "label; a word in the category counts 0.8, in the top tokens 0.6, in the examples 0.4.",
-    "meaning": "Cosine similarity of the query with the label or with the examples, whichever is closer: 1 is the same "
-    "meaning, 0 is none in common.",
-    "hybrid": "Reciprocal rank fusion of the rankings by words and by meaning: 1 is first in both, 0.5 is first in one "
-    "and absent from the other.",
+    "label; a word in the category counts 0.8, in the top tokens 0.6, in the examples 0.2.",
+    "meaning": "Mean cosine similarity of the query with the label (0.65) and with the top tokens (0.35), or with the "
+    "one of them that there is: 1 is the same meaning, 0 none in common.",
+    "hybrid": "0.7 times the score by meaning and 0.3 times the score by words; up to a twentieth less where the label "
+    "has little confidence.",
+    "similar": "Mean of the likeness in meaning (cosines of the label and example vectors) and of the decoder "
+    "directions' cosine, or the one of them that there is.",
+    "decoder": "Cosine similarity of the decoder directions.",
+    "token": "Share of the feature's activations that are on the token.",
+    "promotes": "The feature's effect on the tokens' logits, as a share of the largest found.",
+    "suppresses": "The feature's effect on the tokens' logits, as a share of the largest found.",
+    "list": "Nothing was compared: those that fire most often come first, SAE by SAE.",
 }
 """What a score is, by mode; always within 0 and 1."""
 
-RRF_K = 60
-"""Cormack, Clarke and Büttcher 2009, "Reciprocal rank fusion outperforms Condorcet", section 2."""
-
 MAX_PARTS = 16
 """Words of a query that are looked up; those beyond it are left out."""
-
-DEPTH = 1000
-"""How far down a ranking by meaning counts in a fusion, and how much of it is fetched at the least."""
 
 FLAT_SCORE = 6
 """Decimals of a score: what floating point adds behind them must not decide an order."""
 
 
 class Ranking(NamedTuple):
-    """Row ids and their scores, in no particular order; how many rows match in all; and why a row does."""
+    """A score for every row of a snapshot, and why a row has it."""
 
-    rows: np.ndarray  # (n,) uint64
-    scores: np.ndarray  # (n,) float64, higher is better
-    total: int
+    scores: NDArray[np.float64]
+    """(n,), higher is better; nan where the row does not match."""
+
     why: Callable[[int], list[str]]
+    """Of a place."""
 
 
-def by_words(table: Table, query: str, condition: str | None) -> Ranking:
+class Scores(NamedTuple):
+    """Numbers for some features of one SAE."""
+
+    indices: NDArray[np.int64]
+    """(n,)"""
+
+    values: NDArray[np.float64]
+    """(n,) 0 to 1."""
+
+    why: Callable[[int], str]
+    """Of one of `indices`, by its place in them."""
+
+
+def by_words(snapshot: Snapshot, query: str) -> Ranking:
     """Features by the words of `query` that they carry, which must not be blank.
 
-    score = Σ idf · weight / Σ idf over the words, with idf = ln(1 + N / (1 + n)): N features, n of which carry it.
+    score = Σ idf · weight / Σ idf over the words, with idf = ln(1 + (N − n + ½) / (n + ½)) as in BM25: N features, n of
+    which carry it.
     """
-    n_rows = max(1, table.count_rows())
-    found = {part: _carriers(table, part, condition) for part in list(dict.fromkeys(query.split()))[:MAX_PARTS]}
-    rows, gains, total_idf = [], [], 0.0
-    for fields in found.values():
-        carriers = np.unique(np.concatenate(list(fields.values())))
-        weights = np.zeros(len(carriers))
-        for field, ids in fields.items():
-            at = np.searchsorted(carriers, ids)
-            weights[at] = np.maximum(weights[at], FIELD_WEIGHTS[field])
-        idf = math.log1p(n_rows / (1 + len(carriers)))
-        rows.append(carriers)
-        gains.append(idf * weights)
+    words = list(dict.fromkeys(query.split()))[:MAX_PARTS]
+    found = snapshot.carriers(words, list(FIELD_WEIGHTS))
+    scores, matches, total_idf = np.zeros(len(snapshot)), np.zeros(len(snapshot), bool), 0.0
+    for word in words:
+        weights = np.zeros(len(snapshot))
+        for field, weight in FIELD_WEIGHTS.items():
+            places = found[word][field]
+            weights[places] = np.maximum(weights[places], weight)
+        n_carriers = int(np.count_nonzero(weights))
+        idf = math.log1p((len(snapshot) - n_carriers + 0.5) / (n_carriers + 0.5))
+        matches |= weights > 0
+        scores += idf * weights
         total_idf += idf
-    unique, inverse = np.unique(np.concatenate(rows), return_inverse=True)
-    scores = np.bincount(inverse, weights=np.concatenate(gains), minlength=len(unique)) / total_idf
 
-    def why(row: int) -> list[str]:
+    def why(place: int) -> list[str]:
         reasons = []
         for field, has in FIELD_NAMES.items():
-            words = [part for part, fields in found.items() if _has(fields[field], row)]
-            if words:
-                reasons.append(f"{has} {', '.join(f'“{word[:80]}”' for word in words)}")
+            carried = [word for word in words if _has(found[word][field], place)]
+            if carried:
+                reasons.append(f"{has} {', '.join(f'“{word[:80]}”' for word in carried)}")
         return reasons
 
-    return Ranking(unique, np.round(scores, FLAT_SCORE), len(unique), why)
+    return Ranking(np.where(matches, np.round(scores / total_idf, FLAT_SCORE), np.nan), why)
 
 
-def _has(ids: np.ndarray, row: int) -> bool:
+def _has(places: NDArray[np.int64], place: int) -> bool:
     """Whether a sorted array has a value."""
-    at = int(np.searchsorted(ids, np.uint64(row)))
-    return at < len(ids) and int(ids[at]) == row
+    at = int(np.searchsorted(places, place))
+    return at < len(places) and int(places[at]) == place
 
 
-def _carriers(table: Table, part: str, condition: str | None) -> dict[str, np.ndarray]:
-    """Row ids that carry one part of a query, by field: as a word, else as it stands.
+def by_meaning(snapshot: Snapshot, unit: NDArray[np.float32]) -> Ranking:
+    """Features by the cosine of the vector `unit` (dimension,) with their label and with their top tokens."""
+    return Ranking(*_meaning(*snapshot.cosines(unit)))
 
-    What full text does not know is punctuation, a part of a word, a script without spaces.
+
+def _meaning(
+    label32: NDArray[np.float32], example32: NDArray[np.float32]
+) -> tuple[NDArray[np.float64], Callable[[int], list[str]]]:
+    label, example = label32.astype(np.float64), example32.astype(np.float64)
+    both = LABEL_SHARE * label + (1 - LABEL_SHARE) * example
+    scores = np.where(np.isnan(label), example, np.where(np.isnan(example), label, both))
+
+    def why(place: int) -> list[str]:
+        likenesses = (("label", label[place]), ("top tokens", example[place]))
+        said = [f"{what} {cosine:.2f}" for what, cosine in likenesses if not math.isnan(cosine)]
+        return [f"close in meaning (cosine: {', '.join(said)})"] if said else []
+
+    return np.round(scores, FLAT_SCORE).astype(np.float64), why
+
+
+def fused(snapshot: Snapshot, words: Ranking, meaning: Ranking) -> Ranking:
+    """A weighted mean of both scores, less for labels of low confidence; a row that one does not have scores 0 there.
+
+    Sums of scores with fixed bounds rank better than reciprocal ranks, which throw the distances away (Bruch, Gai and
+    Ingber 2023, "An Analysis of Fusion Functions for Hybrid Retrieval").
     """
-    everything = max(1, table.count_rows())
-    found = {}
-    if any(character.isalnum() for character in part):
-        for field in FIELD_WEIGHTS:
-            match = MatchQuery(
-                part,
-                field,
-                boost=1.0,
-                fuzziness=0,
-                max_expansions=50,
-                operator=FullTextOperator.AND,  # one part may be several words: "don't", "blue-green"
-                prefix_length=0,
-                document_granularity=None,
-            )
-            found[field] = _row_ids(
-                _where(table.search(match, query_type="fts").select(["_score"]), condition), everything
-            )
-    if any(len(ids) for ids in found.values()):
-        return found
-    for field in FIELD_WEIGHTS:
-        contains = f"contains(lower({field}), {quoted(part[:200].lower())})"
-        both = f"({condition}) AND {contains}" if condition else contains
-        found[field] = _row_ids(_where(table.search().select(["index"]), both), everything)
-    return found
+    by_words, by_meaning = np.nan_to_num(words.scores), np.maximum(np.nan_to_num(meaning.scores), 0)
+    scores = MEANING_SHARE * by_meaning + (1 - MEANING_SHARE) * by_words
+    # Balanced accuracy runs from ½, which is chance, to 1; a label that nobody measured is half believed.
+    trust = np.clip(2 * np.nan_to_num(snapshot.confidence, nan=0.75) - 1, 0, 1)
+    scores = np.round(scores * (1 - DOUBT * (1 - trust)), FLAT_SCORE)
+    neither = np.isnan(words.scores) & np.isnan(meaning.scores)
+    return Ranking(np.where(neither, np.nan, scores), lambda place: words.why(place) + meaning.why(place))
 
 
-def _where(query: LanceQueryBuilder, condition: str | None) -> LanceQueryBuilder:
-    return query.where(condition) if condition else query
+def likeness(snapshot: Snapshot, place: int) -> Ranking:
+    """Features by how alike their labels and their top tokens are to those of the one at `place`, without itself."""
+    label, example = snapshot.vectors_of(place)
+    nothing = np.full(len(snapshot), np.nan, np.float32)
+    scores, why = _meaning(
+        nothing if label is None else snapshot.cosines(label)[0],
+        nothing if example is None else snapshot.cosines(example)[1],
+    )
+    scores[place] = np.nan
+    return Ranking(scores, why)
 
 
-def _row_ids(query: LanceQueryBuilder, limit: int) -> np.ndarray:
-    return np.sort(query.with_row_id(True).limit(limit).to_arrow()["_rowid"].to_numpy())
+def given(snapshot: Snapshot, scores: Mapping[str, Scores]) -> Ranking:
+    """Features by numbers that somebody else has, by SAE."""
+    values = np.full(len(snapshot), np.nan)
+    for sae, some in scores.items():
+        places = snapshot.places_of(sae, some.indices)
+        here = places >= 0
+        values[places[here]] = np.round(some.values[here], FLAT_SCORE)
+
+    def why(place: int) -> list[str]:
+        some = scores.get(snapshot.saes[snapshot.sae[place]])
+        at = [] if some is None else np.flatnonzero(some.indices == snapshot.index[place])
+        return [some.why(int(at[0]))] if some is not None and len(at) else []
+
+    return Ranking(values, why)
 
 
-def by_meaning(table: Table, unit: np.ndarray, condition: str | None, need: int) -> Ranking:
-    """Features by the cosine of the vector `unit` (dimension,) with their label or their examples, the closer one.
-
-    At least the first `need` of them are right and complete; the total counts all that have a vector.
-    """
-    label = _nearest(table, "label_vector", unit, condition, need)
-    example = _nearest(table, "example_vector", unit, condition, need)
-    # A row that only one of the two lists has is no closer by the other than that list's last, so the maximum over what
-    # is known is right for the first `need`.
-    nearest = {row: max(label.get(row, -1.0), example.get(row, -1.0)) for row in label.keys() | example.keys()}
-    vectors = "(label_vector IS NOT NULL OR example_vector IS NOT NULL)"
-    total = table.count_rows(f"({condition}) AND {vectors}" if condition else vectors)
-
-    def why(row: int) -> list[str]:
-        if row not in nearest:
-            return []
-        closer = "the label is" if label.get(row, -1.0) >= example.get(row, -1.0) else "the examples are"
-        return [f"{closer} close in meaning (cosine {nearest[row]:.2f})"]
-
-    rows = np.fromiter(nearest, np.uint64, len(nearest))
-    return Ranking(rows, np.fromiter(nearest.values(), float, len(nearest)), total, why)
+def mean_of(one: Ranking, other: Ranking) -> Ranking:
+    """The mean of two scores, or the one that there is."""
+    both = np.stack([one.scores, other.scores])
+    n_known = (~np.isnan(both)).sum(0)
+    scores = np.where(n_known > 0, np.nansum(both, axis=0) / np.maximum(n_known, 1), np.nan)
+    return Ranking(np.round(scores, FLAT_SCORE).astype(np.float64), lambda place: one.why(place) + other.why(place))
 
 
-def _nearest(table: Table, column: str, unit: np.ndarray, condition: str | None, need: int) -> dict[int, float]:
-    """Row id → cosine, of at least the `need` nearest rows."""
-    everything = max(1, table.count_rows())
-    limit = min(everything, max(DEPTH, need) * 4)
-    rows, cosines = _closest(table, column, unit, condition, limit)
-    if len(rows) == limit < everything:
-        # Of the rows as far away as the last one some are missing: they are left out, or fetched when they are needed.
-        complete = cosines > cosines.min()
-        if complete.sum() >= need:
-            rows, cosines = rows[complete], cosines[complete]
-        else:
-            rows, cosines = _closest(table, column, unit, condition, everything)
-    return dict(zip(rows.tolist(), cosines.tolist(), strict=True))
+def listed(snapshot: Snapshot) -> Ranking:
+    """Every feature: SAE by SAE, those that fire most often first."""
+    order = np.empty(len(snapshot))
+    sae = np.argsort(np.argsort(snapshot.saes)) if snapshot.saes else np.zeros(0, np.int64)
+    order[np.lexsort((snapshot.index, -snapshot.frequency, sae[snapshot.sae]))] = -np.arange(len(snapshot))
+    return Ranking(order, lambda place: [])
 
 
-def _closest(
-    table: Table, column: str, unit: np.ndarray, condition: str | None, limit: int
-) -> tuple[np.ndarray, np.ndarray]:
-    search = table.search(unit, vector_column_name=column, query_type="vector")
-    assert isinstance(search, LanceVectorQueryBuilder)
-    query = _where(search.distance_type("cosine").select(["_distance"]), condition)
-    found = query.with_row_id(True).limit(limit).to_arrow()
-    return found["_rowid"].to_numpy(), np.round(1.0 - found["_distance"].to_numpy().astype(float), FLAT_SCORE)
-
-
-def fused(words: Ranking, meaning: Ranking) -> Ranking:
-    """Reciprocal rank fusion, Σ 1 / (60 + rank), scaled so that first in both is 1. Equal scores share a rank."""
-    gains: dict[int, float] = {}
-    for ranking in (words, meaning):
-        ranks = 1 + np.searchsorted(np.sort(-ranking.scores), -ranking.scores, side="left")  # 1 + how many are better
-        counted = (ranks <= DEPTH) | (ranking is words)
-        for row, rank in zip(ranking.rows[counted].tolist(), ranks[counted].tolist(), strict=True):
-            gains[row] = gains.get(row, 0.0) + 1.0 / (RRF_K + rank)
-    scores = np.fromiter(gains.values(), float, len(gains)) * (RRF_K + 1) / 2
-    rows = np.fromiter(gains, np.uint64, len(gains))
-    return Ranking(rows, np.round(scores, FLAT_SCORE), len(gains), lambda row: words.why(row) + meaning.why(row))
-
-
-def best(table: Table, ranking: Ranking, offset: int, limit: int) -> dict[int, float]:
-    """Row id → score of the places `offset` to `offset + limit`, best first.
+def first(snapshot: Snapshot, ranking: Ranking, mask: NDArray[np.bool_], begin: int, end: int) -> list[int]:
+    """The places of the hits `begin` to `end` among the rows of `mask`, best first.
 
     Of equal ones the labelled come first, then the shorter labels, then by SAE and index: the same order each time.
     """
-    end = min(offset + limit, len(ranking.rows))
-    if offset >= end:
-        return {}
-    # Names are fetched only of those that can be among them: whatever is better, and all that equal the last.
-    last = -np.partition(-ranking.scores, end - 1)[end - 1]
-    near = ranking.scores >= last
-    scores = dict(zip(ranking.rows[near].tolist(), ranking.scores[near].tolist(), strict=True))
-    names = take(table, list(scores), ["sae", "index", "label"])
-
-    def place(row: int) -> tuple[Any, ...]:
-        name = names[row]
-        return -scores[row], not name["label"], len(name["label"]), name["sae"], name["index"]
-
-    return {row: scores[row] for row in sorted(names, key=place)[offset:end]}
-
-
-def take(table: Table, rows: list[int], columns: list[str]) -> dict[int, dict[str, Any]]:
-    """Columns by row id; LanceDB gives rows in an order of its own."""
-    found: pa.Table = table.take_row_ids(rows).select(columns).with_row_id().to_arrow()
-    return {row.pop("_rowid"): row for row in found.to_pylist()}
+    hits = np.flatnonzero(mask & ~np.isnan(ranking.scores))
+    end = min(end, len(hits))
+    if begin >= end:
+        return []
+    scores = ranking.scores[hits]
+    last = -np.partition(-scores, end - 1)[end - 1]
+    near = hits[scores >= last]  # all that equal the last one, too: their order decides
+    order = np.lexsort((snapshot.order[near], -ranking.scores[near]))
+    return [int(place) for place in near[order[begin:end]]]

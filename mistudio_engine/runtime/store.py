@@ -462,7 +462,7 @@ class Store:
         return None
 
     def delete_labels(self, sae: str) -> None:
-        """Forgets the labels and findings of an SAE that is deleted; a later one of the same name begins without any."""
+        """Forgets labels and findings of an SAE that is deleted; a later one of the same name begins without any."""
         with self.transaction():
             self._writer.execute("DELETE FROM labels WHERE sae = ?", (sae,))
             self._writer.execute("DELETE FROM findings WHERE sae = ?", (sae,))

@@ -89,13 +89,21 @@ def demo(**options: Any) -> None:
 
 @cli.group(invoke_without_command=True)
 @HOME
+@click.option(
+    "--profile",
+    type=click.Choice(["research", "full"]),
+    default="research",
+    show_default=True,
+    envvar="MISTUDIO_MCP_PROFILE",
+    help="Which tools: those that most work needs, or all.",
+)
 @click.pass_context
-def mcp(ctx: click.Context, home: Path | None) -> None:
+def mcp(ctx: click.Context, home: Path | None, profile: str) -> None:
     """Serve MCP over stdio, for an agent's configuration; `mcp install CLIENT` writes that."""
     if ctx.invoked_subcommand is None:
         from mistudio_mcp.__main__ import run
 
-        run(home)
+        run(home, profile)  # type: ignore[arg-type]  one of the two
 
 
 @mcp.command("install")

@@ -5,7 +5,9 @@ It knows how a field becomes an option, and how a result is printed; it knows no
 
 from __future__ import annotations
 
+import getpass
 import json
+import sys
 import typing
 from typing import Any
 
@@ -14,6 +16,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from mistudio_engine.api.operations import OPERATIONS, JobOperation, Operation
+from mistudio_engine.api.operations.settings import SECRET_KEYS
 from mistudio_engine.api.wire import parse_operation
 
 __all__ = ["command_of"]
@@ -35,6 +38,7 @@ def command_of(name: str) -> click.Command:
         )
 
     def run(_home: str | None, _json: bool, _wait: bool = True, **given: Any) -> None:
+        _keep_off_the_command_line(given)
         arguments = {field: _value(text, kind, field) for field, text in given.items() if text not in (None, ())}
         _carry_out(parse_operation(kind, arguments), _home, _json, _wait)
 
@@ -71,6 +75,16 @@ def _bare(hint: Any) -> Any:
 
 def _is_structured(hint: Any) -> bool:
     return typing.get_origin(hint) in (list, dict) or (isinstance(hint, type) and issubclass(hint, BaseModel))
+
+
+def _keep_off_the_command_line(given: dict[str, Any]) -> None:
+    """Ask for a key that is written as `-`; one that is written out stands in the list of processes for all to see."""
+    if given.get("key") not in SECRET_KEYS or given.get("value") is None:
+        return
+    if given["value"] != "-":
+        raise click.BadParameter("others can see what stands on a command line: use --value -", param_hint="--value")
+    typed = sys.stdin
+    given["value"] = getpass.getpass(f"{given['key']}: ") if typed.isatty() else typed.readline().strip()
 
 
 def _value(text: Any, kind: type[Operation[Any]], field: str) -> Any:

@@ -20,7 +20,8 @@ from rich.text import Text
 
 from mistudio_engine.api.client import JobHandle, Studio, connect
 from mistudio_engine.api.errors import BadInput
-from mistudio_engine.api.features import Example, FeatureCard
+from mistudio_engine.api.feature_card import FeatureCard
+from mistudio_engine.api.features import Example
 from mistudio_engine.api.home import probe
 from mistudio_engine.api.progress import bar
 from mistudio_engine.api.records import Evaluation, ModelRecord, SAERecord

@@ -7,9 +7,10 @@ import pytest
 import torch
 from discovery_data import drain
 
-from mistudio_engine.api.errors import BadInput, EmptyData, WrongShape
+from mistudio_engine.api.errors import BadInput, EmptyData, NotFound, WrongShape
 from mistudio_engine.discovery import logit_lens as module
 from mistudio_engine.discovery.logit_lens import logit_lens
+from mistudio_engine.discovery.logit_store import read_logits, write_logits
 from mistudio_engine.models.hooks import edit
 from mistudio_engine.models.language_model import unembedding
 
@@ -18,6 +19,7 @@ from mistudio_engine.models.language_model import unembedding
 def blocks(request, monkeypatch):
     if request.param == "many blocks":
         monkeypatch.setattr(module, "_STEP_CELLS_CPU", 300)
+        monkeypatch.setattr(module, "_SLAB_CELLS", 100)
 
 
 def whole_numbers(seed, *shape):
@@ -53,6 +55,72 @@ def test_moments_and_histogram_are_those_of_the_logits(blocks):
         assert lens.histogram_counts[row].sum() == 400
         np.testing.assert_allclose(lens.histogram_edges(row), edges, atol=1e-5)
         assert np.abs(np.cumsum(lens.histogram_counts[row]) - np.cumsum(counts)).max() <= 1  # a value on an edge
+
+
+@pytest.mark.parametrize("d_vocab", [5, 64, 100, 1000])
+def test_equal_logits_are_ranked_by_token_id(d_vocab):
+    """Few different numbers, so nearly every rank is a tie, within chunks of the search and between them."""
+    generator = torch.Generator().manual_seed(d_vocab)
+    W_U = torch.randint(-1, 2, (d_vocab, 3), generator=generator).float()
+    W_dec = torch.randint(-1, 2, (20, 3), generator=generator).float()
+    lens, _ = drain(logit_lens(W_dec, W_U, k=min(40, d_vocab)))
+    logits = (W_dec @ W_U.T).numpy()
+    np.testing.assert_array_equal(lens.promoted_ids, np.argsort(-logits, axis=1, kind="stable")[:, :40])
+    np.testing.assert_array_equal(lens.suppressed_ids, np.argsort(logits, axis=1, kind="stable")[:, :40])
+
+
+def test_ids_and_values_are_those_of_a_float64_product(blocks):
+    generator = torch.Generator().manual_seed(5)
+    W_dec, W_U = torch.randn(33, 48, generator=generator), torch.randn(3000, 48, generator=generator)
+    gain = torch.rand(48, generator=generator) + 0.5
+    lens, _ = drain(logit_lens(W_dec, W_U, gain, k=20))
+    logits = ((W_dec.double() * gain.double()) @ W_U.double().T).numpy()
+    for sign, ids, values in (
+        (-1, lens.promoted_ids, lens.promoted_values),
+        (1, lens.suppressed_ids, lens.suppressed_values),
+    ):
+        expected = np.argsort(sign * logits, axis=1, kind="stable")[:, :21]
+        ranked = np.take_along_axis(logits, expected, axis=1)
+        np.testing.assert_allclose(values, ranked[:, :20], atol=1e-5, rtol=1e-5)
+        gaps = np.abs(np.diff(ranked, axis=1))
+        clear = (gaps > 1e-4) & (np.insert(gaps, 0, 1.0, axis=1)[:, :-1] > 1e-4)  # to both neighbours
+        assert clear.mean() > 0.9
+        np.testing.assert_array_equal(ids[clear], expected[:, :20][clear])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("token", [0, 63, 64, 99])
+def test_a_logit_that_is_no_number_is_never_passed_over(value, token):
+    W_U = torch.randn(100, 4)
+    W_U[token, 0] = value
+    with pytest.raises(BadInput, match="NaN or infinite"):
+        drain(logit_lens(torch.randn(3, 4), W_U, k=2))
+
+
+def test_both_forms_are_read_back_a_feature_at_a_time(tmp_path):
+    W_dec, W_U, gain = torch.randn(6, 8), torch.randn(90, 8), torch.rand(8) + 0.5
+    folded, _ = drain(logit_lens(W_dec, W_U, gain, k=5))
+    plain, _ = drain(logit_lens(W_dec, W_U, k=5))
+    write_logits(tmp_path / "logits.safetensors", folded, plain)
+    with read_logits(tmp_path / "logits.safetensors") as reader:
+        assert reader.has_plain
+        for form, lens in ((False, folded), (True, plain)):
+            found = reader.feature(4, 3, plain=form)
+            np.testing.assert_array_equal(found.promoted_ids, lens.promoted_ids[4, :3])
+            np.testing.assert_array_equal(found.suppressed_values, lens.suppressed_values[4, :3])
+            spread = reader.distribution(4, plain=form)
+            np.testing.assert_allclose(spread.bin_edges, lens.histogram_edges(4))
+            assert spread.counts.sum() == 90
+            assert spread.kurtosis == lens.kurtosis[4]
+
+
+def test_a_file_without_the_plain_form_says_so(tmp_path):
+    lens, _ = drain(logit_lens(torch.randn(2, 4), torch.randn(10, 4), k=2))
+    write_logits(tmp_path / "logits.safetensors", lens)
+    with read_logits(tmp_path / "logits.safetensors") as reader:
+        assert reader.feature(1, 2).promoted_ids.tolist() == lens.promoted_ids[1].tolist()
+        with pytest.raises(NotFound, match="were not kept"):
+            reader.feature(1, 2, plain=True)
 
 
 def test_without_bins_there_are_tokens_only():

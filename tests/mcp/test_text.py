@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mistudio_engine.api.features import Example, FeatureCard, FeaturePage, FeatureRow
+from mistudio_engine.api.feature_card import FeatureCard
+from mistudio_engine.api.features import Example, FeaturePage, FeatureRow
 from mistudio_engine.api.operations import Description
 from mistudio_engine.api.records import Job
 from mistudio_mcp.text import MAX_CHARACTERS, as_structure, as_text, marked, shown, untrusted

@@ -13,15 +13,17 @@ from mcp_types import TextContent
 from mistudio_engine.api.operations import OPERATIONS
 from mistudio_engine.demo.embedded import DEMO_HOOK
 from mistudio_mcp import build_server
-from mistudio_mcp.tools import TOOLS
+from mistudio_mcp.tools import tools_of
 from tests.behaviour.doors import Loop, Served
 from tests.mcp.conftest import Agent
 
 OFFERED = [
     *("status", "find", "describe", "get_model", "get_dataset", "get_sae", "train_sae", "eval_sae", "extract"),
-    *("label_features", "set_label", "search_features", "features_on_text", "get_feature", "steer"),
-    *("job", "job_control", "export"),
+    *("label_features", "set_label", "search_features", "features_on_text", "get_feature", "test_feature"),
+    *("steer", "job", "job_control", "export"),
 ]
+
+IN_FULL_ONLY = ["neighbours", "score_labels"]
 
 OPERATION_OF = {"job": "show_job", "job_control": "control_job"}
 """Tools that are called differently from their operation."""
@@ -60,6 +62,16 @@ def test_an_agent_connects_lists_the_tools_and_asks_for_the_status(each_agent: A
     assert status.structured_content["next_call"]["tool"] in OFFERED
 
 
+def test_the_full_profile_has_more_in_the_same_order(studio: Served, loop: Loop) -> None:
+    async def names() -> list[str]:
+        async with Client(build_server(studio.engine.acall, "full")) as client:
+            return [tool.name for tool in await client.list_tools()]
+
+    full = loop.run(names())
+    assert sorted(full) == sorted([*OFFERED, *IN_FULL_ONLY])
+    assert [name for name in full if name in OFFERED] == OFFERED
+
+
 def test_the_schemas_of_all_tools_fit_into_their_budget(agent: Agent) -> None:
     assert sum(tokens(plain(tool)) for tool in agent.tools()) <= MAX_SCHEMA_TOKENS
 
@@ -73,7 +85,7 @@ def test_the_list_of_tools_is_the_same_bytes_each_time(agent: Agent, studio: Ser
     assert json.dumps(first) == json.dumps(second)
 
 
-@pytest.mark.parametrize("tool", TOOLS, ids=lambda tool: tool.name)
+@pytest.mark.parametrize("tool", tools_of("research"), ids=lambda tool: tool.name)
 def test_the_hints_say_what_the_operation_does(agent: Agent, tool: Any) -> None:
     hints = next(each for each in agent.tools() if each.name == tool.name).annotations
     operation = OPERATIONS[OPERATION_OF.get(tool.name, tool.name)]

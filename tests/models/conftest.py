@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from mistudio_engine.models.language_model import LanguageModel
-from mistudio_engine.models.vocabulary import _byte_alphabet
+from mistudio_engine.models.vocabulary import byte_alphabet
 
 D_VOCAB = 260
 MARKS = {"bos_token_id": 256, "eos_token_id": 257}
@@ -91,7 +91,7 @@ def one_thread() -> None:
 
 def byte_tokenizer(**marks: str) -> PreTrainedTokenizerFast:
     """Every byte is a token, its id its value; then <s>, </s>, <pad>, <mark>."""
-    alphabet = _byte_alphabet()
+    alphabet = byte_alphabet()
     tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

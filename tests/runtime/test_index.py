@@ -14,7 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mistudio_engine.api.errors import BadInput, EmptyData, WrongShape
-from mistudio_engine.runtime.index import FeatureHits, FeatureIndex, FeatureRow, Where
+from mistudio_engine.runtime.index import FeatureHits, FeatureIndex, FeatureRow, OtherEmbedder, Where
+from mistudio_engine.runtime.ranking import Scores, likeness, listed
+from mistudio_engine.runtime.ranking import given as by_numbers
+from mistudio_engine.runtime.snapshot import Snapshot
 
 DIMENSION = 8
 
@@ -43,8 +46,11 @@ def feature(concept: str, index: int, sae: str = "a", **changes: object) -> Feat
         id=f"{sae}#{index}",
         sae=sae,
         index=index,
+        extraction="one",
         label=label,
         category=category,
+        author="job:labels",
+        confidence=None,
         text=text,
         example_text=example_text,
         frequency=0.01 * (index + 1),
@@ -93,6 +99,13 @@ def labels(hits: FeatureHits) -> list[str]:
     return [hit.label for hit in hits.rows]
 
 
+SCORES = {"a": Scores(np.array([2, 0, 5]), np.array([0.5, 1.0, 0.25]), lambda at: f"number {at}")}
+
+
+def _place(snapshot: Snapshot, index: int) -> int:
+    return int(snapshot.places_of("a", np.array([index]))[0])
+
+
 def answers(index: FeatureIndex) -> list[FeatureHits]:
     """What the index says in every mode, without the cursor, which names the version."""
     vector = direction("love", 0.4)
@@ -101,6 +114,9 @@ def answers(index: FeatureIndex) -> list[FeatureHits]:
         index.search(mode="meaning", vector=vector, limit=50),
         index.search("the", mode="hybrid", vector=vector, where=Where(dense=False, max_frequency=0.5), limit=50),
         index.search("東京", where=Where(category="place", sae="a"), limit=50),
+        index.rank(listed, mode="list", asked="", where=Where(dead=False), limit=50),
+        index.rank(lambda snapshot: likeness(snapshot, _place(snapshot, 2)), mode="similar", asked="2", limit=50),
+        index.rank(lambda snapshot: by_numbers(snapshot, SCORES), mode="promotes", asked="x", limit=50),
     ]
     return [hits.model_copy(update={"next_cursor": None}) for hits in found]
 
@@ -111,7 +127,7 @@ class TestWords:
         assert labels(hits) == [CONCEPTS["city"][0]]
         assert hits.rows[0].score == 1.0
         assert hits.rows[0].why == "label has “Paris”; top tokens have “Paris”; examples have “Paris”"
-        assert index.search("moved").rows[0].score == 0.4
+        assert index.search("moved").rows[0].score == 0.2
         assert index.search("code").rows[0].why.startswith("label has “code”; category has “code”")
 
     def test_a_query_that_a_feature_carries_in_part_scores_in_part(self, index: FeatureIndex) -> None:
@@ -142,14 +158,35 @@ class TestWords:
 
 
 class TestMeaning:
-    def test_the_closer_of_label_and_examples_counts(self, index: FeatureIndex) -> None:
+    def test_label_and_examples_count_together_and_the_answer_says_how_close_each_is(self, index: FeatureIndex) -> None:
         hits = index.search(mode="meaning", vector=direction("animal"))
         assert hits.rows[0].label == "running animals"
-        assert hits.rows[0].score == 1.0
-        assert hits.rows[0].why == "the examples are close in meaning (cosine 1.00)"
+        assert hits.rows[0].score == pytest.approx(0.65 * np.cos(0.2) + 0.35, abs=1e-3)
+        assert hits.rows[0].why == "close in meaning (cosine: label 0.98, top tokens 1.00)"
         assert hits.embedder == "test/eight"
-        nearer_the_label = index.search(mode="meaning", vector=direction("animal", 0.25)).rows[0]
-        assert nearer_the_label.why.startswith("the label is close in meaning")
+
+    def test_a_feature_that_has_only_one_of_both_is_measured_by_that_one(
+        self, index: FeatureIndex, records: Records
+    ) -> None:
+        index.upsert(records.put(feature("love", 90, label_vector=None), feature("love", 91, example_vector=None)))
+        hits = {hit.id: hit.score for hit in index.search(mode="meaning", vector=direction("love"), limit=100).rows}
+        assert hits["a#90"] == pytest.approx(1.0, abs=1e-3)
+        assert hits["a#91"] == pytest.approx(np.cos(0.2), abs=1e-3)
+
+    def test_a_cosine_is_near_the_exact_one_and_the_same_wherever_the_row_stands(self, tmp_path: Path) -> None:
+        rng = np.random.default_rng(0)
+        vectors = rng.standard_normal((300, 384)).astype(np.float32)
+        query = rng.standard_normal(384).astype(np.float32)
+        rows = [feature("love", at, label_vector=None, example_vector=vectors[at]) for at in range(300)]
+        found = []
+        for order in (rows, rows[::-1]):
+            index = FeatureIndex(tmp_path / str(len(found)), lambda o=order: iter(o), embedder="x", dimension=384)
+            hits = index.search(mode="meaning", vector=query, limit=300).rows
+            found.append([(hit.index, hit.score) for hit in hits])
+            index.close()
+        exact = vectors.astype(float) @ query / np.linalg.norm(vectors.astype(float), axis=1) / np.linalg.norm(query)
+        assert found[0] == found[1]
+        assert [score for _, score in found[0]] == pytest.approx([max(0.0, exact[at]) for at, _ in found[0]], abs=2e-3)
 
     def test_the_length_of_a_vector_does_not_matter(self, index: FeatureIndex) -> None:
         short = index.search(mode="meaning", vector=direction("love"))
@@ -190,14 +227,33 @@ class TestMeaning:
 
 
 class TestHybrid:
-    def test_first_in_both_is_1_and_first_in_one_is_half(self, index: FeatureIndex) -> None:
+    def test_meaning_and_words_are_weighed_and_a_row_without_the_words_counts_less(self, index: FeatureIndex) -> None:
         both = index.search("love", mode="hybrid", vector=direction("love"))
         assert both.rows[0].label == "love"
-        assert both.rows[0].score == 1.0
+        assert both.rows[0].score == pytest.approx(
+            (0.7 * 0.987 + 0.3) * 0.975, abs=2e-3
+        )  # half believed, as nobody asked
         assert "label has “love”" in both.rows[0].why
         assert "close in meaning" in both.rows[0].why
         only_meaning = index.search("zeppelin", mode="hybrid", vector=direction("love"))
-        assert (only_meaning.rows[0].label, only_meaning.rows[0].score) == ("love", 0.5)
+        assert only_meaning.rows[0].label == "love"
+        assert only_meaning.rows[0].score == pytest.approx(0.7 * 0.987 * 0.975, abs=2e-3)
+
+    def test_a_word_that_all_examples_hold_does_not_outrank_a_label_that_means_it(self, tmp_path: Path) -> None:
+        """Windows of text hold every common word; ranks that forget distances put those features first."""
+        rows = [feature("emotional", at, example_text="they and the love of the game") for at in range(40)]
+        rows.append(feature("love", 99, label="affection", category="", text="dear", example_text="", author="person"))
+        index = FeatureIndex(tmp_path / "index", lambda: iter(rows), embedder="test/eight", dimension=DIMENSION)
+        hits = index.search("the love", mode="hybrid", vector=direction("love"))
+        assert hits.rows[0].label == "affection"
+        index.close()
+
+    def test_of_two_alike_the_label_that_was_found_to_hold_comes_first(
+        self, index: FeatureIndex, records: Records
+    ) -> None:
+        index.upsert(records.put(feature("love", 90, confidence=0.55), feature("love", 91, confidence=0.95)))
+        hits = index.search("love", mode="hybrid", vector=direction("love"), where=Where(min_confidence=0.5))
+        assert [hit.index for hit in hits.rows] == [91, 90]
 
 
 class TestFilters:
@@ -216,6 +272,11 @@ class TestFilters:
 
     def test_statistics_and_saes_restrict_every_mode(self, index: FeatureIndex, records: Records) -> None:
         index.upsert(records.put(feature("love", 1, sae="b"), feature("love", 2, sae="b", label="", frequency=0.9)))
+        index.upsert(records.put(feature("love", 3, sae="c", author="person", confidence=0.9, id="b#3")))
+        index.upsert(
+            records.put(feature("love", 4, sae="c", author="agent:ann", confidence=0.5, id="b#4", dense=False))
+        )
+        index.upsert(records.put(feature("love", 5, sae="c", frequency=0.0, id="b#5")))
         vector = direction("love")
         for where, expected in [
             (Where(sae="b"), {"b#1", "b#2"}),
@@ -225,6 +286,12 @@ class TestFilters:
             (Where(sae="a", max_frequency=0.03), {"a#2"}),
             (Where(sae="a", min_activation=2.0), {"a#2"}),
             (Where(dense=True), set()),
+            (Where(sae="b", max_activation=1.0), {"b#1"}),
+            (Where(sae="b", label="LOV"), {"b#1"}),
+            (Where(author="person"), {"b#3"}),
+            (Where(author="agent"), {"b#4"}),
+            (Where(min_confidence=0.8), {"b#3"}),
+            (Where(dead=True), {"b#5"}),
         ]:
             assert {hit.id for hit in index.search("heart", where=where).rows} == expected
             by_meaning = index.search(mode="meaning", vector=vector, where=where, limit=50)
@@ -311,6 +378,47 @@ class TestPages:
         assert [hit.id for hit in first.rows + second.rows] == whole
         assert index.search("heart", limit=100).total == len(whole) + 9
 
+    def test_pages_of_every_ranking_stay_as_they_were_while_somebody_writes(
+        self, index: FeatureIndex, records: Records
+    ) -> None:
+        index.upsert(records.put(*(feature("love", 100 + at) for at in range(60))))
+        shown = Where(dense=False)
+        scores = {"a": Scores(np.arange(100, 160), np.linspace(1, 0.1, 60), lambda at: f"number {at}")}
+        ways = {
+            "hybrid": lambda **page: index.search(
+                "heart", mode="hybrid", vector=direction("love"), where=shown, **page
+            ),
+            "meaning": lambda **page: index.search(mode="meaning", vector=direction("love"), where=shown, **page),
+            "text": lambda **page: index.search("heart", where=shown, **page),
+            "list": lambda **page: index.rank(listed, mode="list", asked="", where=shown, **page),
+            "token": lambda **page: index.rank(
+                lambda snapshot: by_numbers(snapshot, scores), mode="token", asked="x", where=shown, **page
+            ),
+        }
+        whole = {way: [hit.model_dump() for hit in ask(limit=500).rows] for way, ask in ways.items()}
+        first = {way: ask(limit=10) for way, ask in ways.items()}
+        stop = threading.Event()
+
+        def write() -> None:
+            at = 0
+            while not stop.is_set():
+                at += 1
+                index.upsert(records.put(feature("love", 100 + at % 60, label=f"heart {at}", dense=at % 2 == 0)))
+                index.upsert(records.put(feature("animal", 500 + at)))
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        try:
+            for way, ask in ways.items():
+                rows, cursor = list(first[way].rows), first[way].next_cursor
+                while cursor is not None:
+                    page = ask(limit=10, cursor=cursor)
+                    rows, cursor = rows + page.rows, page.next_cursor
+                assert [hit.model_dump() for hit in rows] == whole[way], way
+        finally:
+            stop.set()
+            writer.join()
+
     def test_a_cursor_of_another_search_or_of_nothing_is_refused(self, index: FeatureIndex) -> None:
         cursor = index.search(mode="meaning", vector=direction("love"), limit=1).next_cursor
         with pytest.raises(BadInput, match="another search"):
@@ -377,8 +485,10 @@ class TestLoss:
         before = answers(index)
         shutil.rmtree(index.folder)  # under a running engine
         assert answers(index) == before
+        assert labels(index.search("aloud")) == [CONCEPTS["emotional"][0]], "a word that was not looked up before"
+        assert answers(index) == before
         index.close()
-        shutil.rmtree(index.folder)  # between two runs
+        shutil.rmtree(index.folder, ignore_errors=True)  # between two runs
         again = reopened(index)
         assert answers(again) == before
         again.close()
@@ -434,3 +544,86 @@ class TestLoss:
         assert other.search(mode="meaning", vector=np.ones(3)).embedder == "test/three"
         other.close()
         assert len(list(index.folder.glob("*.lance"))) == 1
+
+
+class TestSwitch:
+    def test_while_the_index_is_made_for_another_embedder_words_are_found_and_writes_are_kept(
+        self, index: FeatureIndex, records: Records
+    ) -> None:
+        assert index.search("Paris").total == 1
+        reading, go_on = threading.Event(), threading.Event()
+
+        def rows() -> Iterator[FeatureRow]:
+            reading.set()
+            assert go_on.wait(60)
+            for row in list(records.rows.values()):
+                yield row | {"label_vector": np.ones(3), "example_vector": None}  # type: ignore[misc]
+
+        index._rows = rows
+        switch = threading.Thread(target=index.switch, args=("test/three", 3))
+        switch.start()
+        assert reading.wait(60)
+        assert (index.embedder, index.target) == ("test/eight", ("test/three", 3))
+        assert index.search("Paris").total == 1
+        with pytest.raises(OtherEmbedder):
+            index.upsert([feature("love", 200)], embedder="test/eight")
+        late = feature("love", 201, label_vector=[1.0, 1.0, 1.0], example_vector=None)
+        index.upsert([late], embedder="test/three")
+        go_on.set()
+        switch.join()
+        hits = index.search(mode="meaning", vector=[1, 1, 1], limit=50)
+        assert hits.embedder == "test/three"
+        assert hits.total == len(records.rows) + 1
+        assert [hit.index for hit in index.search("love", where=Where(sae="a")).rows] == [2, 201]
+
+    def test_a_switch_that_fails_leaves_the_index_as_it_was(self, index: FeatureIndex, records: Records) -> None:
+        before = answers(index)
+        index._rows = lambda: iter([feature("love", 7)])  # of eight numbers
+        with pytest.raises(WrongShape):
+            index.switch("test/three", 3)
+        assert answers(index) == before
+        assert index.target == ("test/eight", DIMENSION)
+        assert len(list(index.folder.glob("*.lance"))) == 1
+
+    def test_the_folder_says_what_it_was_made_with(self, index: FeatureIndex, tmp_path: Path) -> None:
+        index.search("love")
+        assert FeatureIndex.stored(index.folder) == ("test/eight", DIMENSION)
+        assert FeatureIndex.stored(tmp_path / "nowhere") == (None, None)
+
+
+class TestSnapshot:
+    def test_after_any_writes_it_is_what_a_fresh_reader_sees(self, index: FeatureIndex, records: Records) -> None:
+        rng = np.random.default_rng(0)
+        for turn in range(12):
+            some = [feature("love", int(at), label=f"turn {turn}") for at in rng.integers(0, 40, 5)]
+            for row in some:
+                row["label_vector"] = rng.standard_normal(DIMENSION).astype(np.float32) if turn % 3 else None
+            index.upsert(records.put(*some))
+            if turn == 5:
+                index.optimize()
+            if turn == 8:
+                index.delete_sae("a", but="one")
+            kept = answers(index)
+            index._snapshots.clear()
+            assert answers(index) == kept, turn
+
+    def test_deleting_keeps_the_features_of_the_extraction_that_is_named(
+        self, index: FeatureIndex, records: Records
+    ) -> None:
+        index.upsert(records.put(feature("love", 200, extraction="two"), feature("love", 201, extraction="two")))
+        index.delete_sae("a", but="two")
+        assert {hit.index for hit in index.search("heart").rows} == {200, 201}
+
+    def test_what_is_hidden_is_counted_once_each(self, index: FeatureIndex, records: Records) -> None:
+        index.upsert(
+            records.put(
+                feature("love", 100, dense=True),
+                feature("love", 101, dense=True, frequency=0.0),
+                feature("love", 102, dense=False, confidence=0.4),
+                feature("love", 103, dense=False, confidence=0.9),
+            )
+        )
+        hits = index.search("heart", where=Where(dense=False, dead=False, min_confidence=0.6))
+        assert [hit.index for hit in hits.rows] == [103]
+        assert hits.hidden == {"dead": 1, "dense": 1, "badly_scored": 2}
+        assert index.search("zeppelin", where=Where(dense=False)).hidden == {}

@@ -100,13 +100,13 @@ class JobOperation(Operation[Job], Generic[Outcome]):
     outcome: ClassVar[Any] = None
 
     dry_run: bool = False
-    """Only say what it would cost: the job that comes back is not started and carries the plan."""
+    """Only say what it would cost, as the plan of a job that is not started."""
 
     idempotency_key: Annotated[str, Field(max_length=200)] | None = None
     """Two calls with one key start one job."""
 
     wait_s: WaitSeconds = 0.0
-    """Wait this long for the end before answering with the job as it stands."""
+    """Seconds to wait for the end before answering."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, *, route: str | None = None, **keywords: Any) -> None:

@@ -16,13 +16,20 @@ __all__ = ["CancelExport", "DownloadExport", "Export", "ListExports", "ShowExpor
 
 
 class Export(JobOperation[ExportRecord], route="POST /neuronpedia/export"):
-    """Make a zip of an SAE and what is known of its features: one JSON a feature, labels, and the weights as a SAELens
-    folder.
+    """Make a file of an SAE and what is known of its features: a zip with one JSON a feature, labels, and the weights
+    as a SAELens folder; or one JSON document of features and examples.
 
     The same export twice is the same bytes. With dry_run its size.
     """
 
     sae: Annotated[SAERef, Field(validation_alias=AliasChoices("sae", "sae_id"))]
+    format: Literal["zip", "json"] = "zip"
+    """zip: the documents' zip. json: one document with all that is known of each feature, label history, token ids and
+    examples of every kind included; without weights."""
+
+    compress: bool = False
+    """Gzip the JSON document."""
+
     feature_selection: Literal["all", "extracted", "custom"] = "all"
     """all: every index; extracted: those with examples; custom: the range or the indices given."""
 
@@ -40,9 +47,16 @@ class Export(JobOperation[ExportRecord], route="POST /neuronpedia/export"):
     include_top_tokens: bool = True
     include_explanations: bool = True
     include_saelens_weights: bool = True
+    """In a zip; a JSON document has none."""
+
     logit_lens_k: Annotated[int, Field(ge=1, le=100)] = 20
     histogram_bins: Annotated[int, Field(ge=2, le=500)] = 50
     top_tokens_k: Annotated[int, Field(ge=1, le=50)] = 50
+    n_examples: Annotated[int, Field(ge=0, le=100)] = 20
+    """Of each feature: strongest ones in a zip, of each kind in a JSON document."""
+
+    window: Annotated[int, Field(ge=0, le=4096)] = 32
+    """Tokens of an example before and after its prime token."""
 
     @model_validator(mode="after")
     def _selection(self) -> Export:
@@ -56,6 +70,8 @@ class Export(JobOperation[ExportRecord], route="POST /neuronpedia/export"):
                 raise ValueError(f"range_start {self.range_start} lies after range_end {self.range_end}")
         elif self.indices:
             raise ValueError("indices go with feature_selection='custom'")
+        if self.compress and self.format == "zip":
+            raise ValueError("compress goes with format='json'; leave it out")
         return self
 
 

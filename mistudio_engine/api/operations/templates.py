@@ -14,6 +14,7 @@ from mistudio_engine.api.refs import Slug, TemplateRef
 
 __all__ = [
     "TEMPLATE_VERSION",
+    "CloneTemplate",
     "DeleteTemplate",
     "ExportTemplate",
     "ImportTemplate",
@@ -91,8 +92,8 @@ class ShowTemplate(Operation[TemplateRecord], route="GET /templates/{template}")
 
 
 class UpdateTemplate(Operation[TemplateRecord], route="PATCH /templates/{template}", idempotent=True):
-    """Change a template: its name, description, arguments, or whether it is a favourite. What was started with it stays
-    as it was.
+    """Change a template: its name, description, arguments, whether it is a favourite or the default. What was started
+    with it stays as it was.
     """
 
     template: TemplateRef
@@ -101,8 +102,19 @@ class UpdateTemplate(Operation[TemplateRecord], route="PATCH /templates/{templat
 
     description: Text | None = None
     favourite: bool | None = None
+    default: bool | None = None
+    """Use it for its operation whenever a call names no template, in the place of the one that was the default."""
+
     arguments: dict[str, Any] | None = None
     """All of them anew; those that it had and that are not among them are gone."""
+
+
+class CloneTemplate(Operation[TemplateRecord], route="POST /templates/{template}/clone"):
+    """Copy a template under another name, to change the copy."""
+
+    template: TemplateRef
+    name: Slug | None = None
+    """The copy's; by default the first free one of name-2, name-3, …"""
 
 
 class DeleteTemplate(Operation[Deleted], route="DELETE /templates/{template}"):

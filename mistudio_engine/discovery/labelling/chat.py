@@ -6,9 +6,16 @@ Who answers (OpenAI, Ollama, another server) is behind `Chat`; it knows nothing 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+import json
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
-__all__ = ["Answer", "Chat", "Question"]
+from mistudio_engine.api.errors import MistudioError
+
+__all__ = ["Answer", "Chat", "NoAnswer", "NoAnswerReason", "Question", "in_words"]
+
+NoAnswerReason = Literal[
+    "refused", "cut_off", "empty", "prompt_too_long", "timeout", "disconnected", "overloaded", "server_error", "garbage"
+]
 
 
 class Question(NamedTuple):
@@ -35,6 +42,27 @@ class Answer(NamedTuple):
     n_completion_tokens: int
 
 
+class NoAnswer(MistudioError):
+    """This question got no answer; another one may.
+
+    Args:
+        reason: refused: the model would not. cut_off: it reached `max_tokens`. empty: it wrote nothing.
+            prompt_too_long: the question does not fit into its context. The others are faults that did not pass in
+            all tries: timeout, disconnected, overloaded (429), server_error (5xx), garbage (not the protocol).
+        detail: what the server said, in a few words and without secrets.
+        answer: what came nevertheless.
+    """
+
+    code: ClassVar[str] = "no_answer"
+    status: ClassVar[int] = 502
+
+    def __init__(self, reason: NoAnswerReason, detail: str, *, answer: Answer | None = None) -> None:
+        super().__init__(f"The language model gave no answer: {detail}", fix="Ask again, or ask another model.")
+        self.reason: NoAnswerReason = reason
+        self.detail = detail
+        self.answer = answer
+
+
 class Chat(Protocol):
     """Answers questions, several at once; it limits how many, repeats what failed in passing, and counts."""
 
@@ -47,6 +75,13 @@ class Chat(Protocol):
         """The answer.
 
         Raises:
-            MistudioError: none came, for a reason that another try would not change, or after all tries.
+            NoAnswer: none came to this question, for a reason that another try would not change, or after all tries.
+            MistudioError: no question will be answered: a wrong key, an unknown model, a server that is not there.
         """
         ...
+
+
+def in_words(schema: dict[str, Any]) -> str:
+    """What to add to a system message where a server takes no schema."""
+    form = json.dumps(schema, ensure_ascii=False)
+    return f"\n\nAnswer with one JSON object of this JSON schema, and nothing else:\n{form}"

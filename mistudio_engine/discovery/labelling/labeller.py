@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
 from mistudio_engine.discovery.extraction_store import Example, ExtractionStore, FeatureStats
+from mistudio_engine.discovery.labelling.chat import NoAnswerReason
 
 __all__ = ["Evidence", "FailureReason", "Label", "LabelFailure", "Labeller", "gather_evidence", "is_held_out"]
 
-FailureReason = Literal["dead", "too_few_examples", "no_pattern"]
+FailureReason = Literal["dead", "too_few_examples", "no_pattern", "unparsable", "too_long"] | NoAnswerReason
 
 
 class Evidence(NamedTuple):
@@ -40,8 +41,8 @@ class Label:
     category: str
     """A path such as `Context > After “not”`."""
 
-    confidence: float
-    """Balanced accuracy on the held-out contexts; 0.5 is chance."""
+    confidence: float | None
+    """Balanced accuracy on the held-out contexts; 0.5 is chance. None until it is scored."""
 
     evidence: str
     """One or two sentences with the numbers."""
@@ -51,6 +52,9 @@ class Label:
 
     numbers: dict[str, Any] = field(default_factory=dict)
     """The same numbers for machines."""
+
+    attempt: dict[str, Any] = field(default_factory=dict)
+    """What was asked and answered on the way, for inspection."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,9 @@ class LabelFailure:
 
     method: str
 
+    attempt: dict[str, Any] = field(default_factory=dict)
+    """As of `Label`."""
+
 
 class Labeller(Protocol):
     """Labels features."""
@@ -73,11 +80,11 @@ class Labeller(Protocol):
         """Name of the method, as it is kept in a label's history."""
         ...
 
-    def label_all(self, evidence: Iterable[Evidence]) -> Iterator[Label | LabelFailure]:
-        """A label or a failure for each evidence, as they are ready.
+    def label_all(self, evidence: Iterable[Evidence]) -> Iterator[Label | LabelFailure | None]:
+        """A label or a failure for each evidence, as they are ready; None where there was none for half a second.
 
         It draws evidence when it has use for it and never more than it works on, so that closing the iterator stops the
-        work and what was given stays.
+        work and what was given stays. It may draw it on another thread, one at a time.
         """
         ...
 

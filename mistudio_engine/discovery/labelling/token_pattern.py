@@ -31,7 +31,7 @@ from mistudio_engine.discovery.labelling.rules import (
 )
 from mistudio_engine.discovery.scores import Confusion
 
-__all__ = ["TokenPatternLabeller"]
+__all__ = ["TokenPatternLabeller", "rule_for"]
 
 _FIRES_AT = 0.1
 """Share of the feature's maximum from which a token counts as firing."""
@@ -111,6 +111,12 @@ class TokenPatternLabeller:
                 "n_score_contexts": len(evidence.score),
             },
         )
+
+
+def rule_for(evidence: Evidence, lexicon: TokenLexicon) -> Rule | None:
+    """The rule that a label for this evidence is made of; None where the feature does not fire in it."""
+    explain = _Seen(evidence.explain, lexicon, evidence.stats.max)
+    return best_rule(explain) if explain.n_fires else None
 
 
 class _Seen:

@@ -1,0 +1,119 @@
+"""Money: what has been spent, and what may still be, with never more under way than the cap allows.
+
+A request is charged with the most that it could cost before it goes out, and with what it did cost once it is back.
+Prices are the user's; it knows none by itself, and no model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
+
+from mistudio_engine.api.errors import MistudioError
+from mistudio_engine.discovery.labelling.chat import Answer, Question
+
+__all__ = ["Budget", "BudgetReached", "Hold", "Prices", "n_bytes_of"]
+
+_HEADROOM = 1.25
+"""Tokens a byte that are held, in the largest ratio that was seen so far."""
+
+_FRAME_TOKENS = 64
+"""Tokens that a server's own template adds to a question at most."""
+
+
+class Prices(NamedTuple):
+    """US dollars for a million tokens."""
+
+    per_million_input: float
+    per_million_output: float
+
+    def usd(self, n_prompt_tokens: float, n_completion_tokens: float) -> float:
+        """What so many tokens cost."""
+        return (n_prompt_tokens * self.per_million_input + n_completion_tokens * self.per_million_output) / 1e6
+
+
+class BudgetReached(MistudioError):
+    """Another request could cost more than is left. It has not been made."""
+
+    code: ClassVar[str] = "budget_reached"
+    status: ClassVar[int] = 402
+
+
+class Hold(NamedTuple):
+    """What one request may cost at most."""
+
+    n_bytes: int
+    usd: float
+
+
+@dataclass
+class Budget:
+    """The money of one run. One event loop uses it.
+
+    What a question costs is not known before the server has counted its tokens. Until the first answer each byte is
+    held to be a token, which no tokenizer exceeds; then the largest ratio seen counts, and a quarter more.
+    """
+
+    prices: Prices | None = None
+    """None: nothing is counted and `cap` must be None."""
+
+    cap: float | None = None
+    """US dollars; None is no limit."""
+
+    spent: float = 0.0
+    """US dollars so far, in an earlier attempt too."""
+
+    held: float = 0.0
+    """US dollars that requests under way may cost."""
+
+    _ratio: float | None = None
+    _settled: asyncio.Condition = field(default_factory=asyncio.Condition)
+
+    async def hold(self, question: Question) -> Hold:
+        """Put aside what a question may cost, once there is enough left.
+
+        Raises:
+            BudgetReached: there is not, and nothing is under way that might turn out cheaper.
+        """
+        n_bytes = n_bytes_of(question)
+        async with self._settled:
+            while True:
+                most = self._most(n_bytes, question.max_tokens)
+                if self.cap is None or self.spent + self.held + most <= self.cap:
+                    self.held += most
+                    return Hold(n_bytes, most)
+                if self.held <= 0:
+                    raise BudgetReached(
+                        f"Another request may cost ${most:.4f}, and ${max(0.0, self.cap - self.spent):.4f} of "
+                        f"${self.cap:g} is left.",
+                        fix="Raise max_usd to go on.",
+                    )
+                await self._settled.wait()
+
+    async def settle(self, hold: Hold, answer: Answer | None, *, maybe_billed: bool = False) -> None:
+        """The request is back: with an answer, without one and free, or nobody knows, which counts as the most."""
+        async with self._settled:
+            self.held -= hold.usd
+            if abs(self.held) < 1e-12:
+                self.held = 0.0
+            if answer is not None:
+                self.spent += self._usd(answer.n_prompt_tokens, answer.n_completion_tokens)
+                ratio = max(0, answer.n_prompt_tokens - _FRAME_TOKENS) / max(1, hold.n_bytes)
+                self._ratio = ratio if self._ratio is None else max(ratio, self._ratio)
+            elif maybe_billed:
+                self.spent += hold.usd
+            self._settled.notify_all()
+
+    def _most(self, n_bytes: int, max_tokens: int) -> float:
+        # Never less than a token in eight bytes: a server that counts nothing must not make everything free.
+        ratio = 1.0 if self._ratio is None else max(self._ratio * _HEADROOM, 0.125)
+        return self._usd(n_bytes * ratio + _FRAME_TOKENS, max_tokens)
+
+    def _usd(self, n_prompt_tokens: float, n_completion_tokens: float) -> float:
+        return 0.0 if self.prices is None else self.prices.usd(n_prompt_tokens, n_completion_tokens)
+
+
+def n_bytes_of(question: Question) -> int:
+    """Bytes of both messages."""
+    return len(question.system.encode()) + len(question.user.encode())

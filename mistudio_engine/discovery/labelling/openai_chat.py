@@ -1,0 +1,187 @@
+"""OpenAI's chat completions, at OpenAI and at every server that speaks the same (vLLM, llama.cpp, LM Studio, …).
+
+One request at a time through the official client, whose own retries are off. What a server does not understand (a JSON
+schema, a name for the limit, a temperature) is asked for in the next simpler way, which is remembered.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import openai
+
+from mistudio_engine.api.errors import BadInput, MistudioError
+from mistudio_engine.discovery.labelling.addresses import is_loopback, shown_address
+from mistudio_engine.discovery.labelling.chat import Answer, NoAnswer, Question, in_words
+from mistudio_engine.discovery.labelling.patient_chat import Passing
+from mistudio_engine.discovery.labelling.refusals import meaning_of, said
+
+__all__ = ["OPENAI_URL", "OpenAIServer", "needs_key"]
+
+OPENAI_URL = "https://api.openai.com/v1"
+
+_FORMS = ("json_schema", "json_object", "prompt")
+"""How the form of the answer is asked for: strictly, loosely, in words."""
+
+
+class OpenAIServer:
+    """A `Server` of OpenAI's protocol.
+
+    Args:
+        model: its name there.
+        base_url: ends in /v1 as a rule.
+        api_key: None where none is needed.
+        name: stands before the model in `id`.
+        key_setting: the setting that the key is from, for advice.
+        temperature: None leaves it to the server.
+        timeout_seconds: for one answer.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        base_url: str = OPENAI_URL,
+        api_key: str | None,
+        name: str = "openai",
+        key_setting: str = "openai_api_key",
+        temperature: float | None = 0.0,
+        timeout_seconds: float = 120.0,
+    ) -> None:
+        self.id = f"{name}/{model}"
+        self._model = model
+        self._where = shown_address(base_url)
+        self._key_setting = key_setting
+        self._temperature = temperature
+        self._forms = _FORMS
+        # The older name is what servers other than OpenAI understand, and newer models there do not.
+        self._limit = "max_completion_tokens" if base_url == OPENAI_URL else "max_tokens"
+        self._client = openai.AsyncOpenAI(
+            api_key=api_key or "none",
+            base_url=base_url,
+            max_retries=0,
+            timeout=timeout_seconds,
+            http_client=openai.DefaultAsyncHttpxClient(
+                trust_env=not is_loopback(base_url),
+                follow_redirects=False,
+                timeout=timeout_seconds,
+            ),
+        )
+
+    async def send(self, question: Question) -> Answer:
+        """One request, and simpler ones where the server says that it does not understand it."""
+        while True:
+            form, limit, temperature = self._forms[0], self._limit, self._temperature
+            try:
+                reply = await self._client.chat.completions.create(**self._request(question, form, limit, temperature))
+            except openai.BadRequestError as error:
+                if not self._simpler(error, form, limit, temperature):
+                    raise self._meaning(error) from None
+            except openai.APIStatusError as error:
+                raise self._meaning(error) from None
+            except openai.APITimeoutError:
+                raise Passing("timeout", "it takes too long", maybe_billed=True) from None
+            except openai.APIConnectionError as error:
+                raise _disconnected(error) from None
+            except (openai.APIResponseValidationError, ValueError):  # ValueError: no JSON at all
+                raise Passing("garbage", "what it answers is not its protocol", maybe_billed=True) from None
+            else:
+                return _answer(reply)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.close()
+
+    def _request(self, question: Question, form: str, limit: str, temperature: float | None) -> dict[str, Any]:
+        system = question.system
+        request: dict[str, Any] = {limit: question.max_tokens}
+        if temperature is not None:
+            request["temperature"] = temperature
+        if form == "json_schema":
+            schema = {"name": question.schema.get("title", "answer"), "schema": question.schema, "strict": True}
+            request["response_format"] = {"type": "json_schema", "json_schema": schema}
+        else:
+            system += in_words(question.schema)
+            if form == "json_object":
+                request["response_format"] = {"type": "json_object"}
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": question.user}]
+        # What is in extra_body is sent as it is. The client would walk through every schema to see whether something in
+        # it is to be renamed, which takes longer than all the rest.
+        return {"model": self._model, "messages": [], "extra_body": {**request, "messages": messages}}
+
+    def _simpler(self, error: openai.BadRequestError, form: str, limit: str, temperature: float | None) -> bool:
+        """Leave out what the server does not understand, if the error is about that; whether to ask again.
+
+        Requests that were under way together fail together: only the first of them changes anything.
+        """
+        words = f"{error.param or ''} {error.code or ''} {error.message}".lower()
+        if form != "prompt" and any(each in words for each in ("response_format", "json_schema", "json_object")):
+            if self._forms[0] == form:
+                self._forms = self._forms[1:]
+        elif "max_tokens" in words and limit == "max_tokens":
+            self._limit = "max_completion_tokens"
+        elif "max_completion_tokens" in words and limit == "max_completion_tokens":
+            self._limit = "max_tokens"
+        elif "temperature" in words and temperature is not None:
+            self._temperature = None
+        else:
+            return False
+        return True
+
+    def _meaning(self, error: openai.APIStatusError) -> MistudioError | Passing:
+        body = error.body if isinstance(error.body, dict) else {}
+        return meaning_of(
+            error.status_code,
+            str(body.get("message") or error.body or ""),
+            code=error.code or body.get("type"),
+            headers={name.lower(): value for name, value in error.response.headers.items()},
+            server=self._where,
+            model=self._model,
+            key_setting=self._key_setting,
+        )
+
+
+def _disconnected(error: openai.APIConnectionError) -> Passing:
+    # By name: the client's HTTP library has changed between versions.
+    cause = type(error.__cause__).__name__
+    if cause in ("ConnectError", "ConnectTimeout", "UnsupportedProtocol", "ProxyError"):
+        return Passing(None, f"nobody listens there ({cause})")
+    return Passing("disconnected", f"the connection broke ({cause})", maybe_billed=True)
+
+
+def _answer(reply: Any) -> Answer:
+    """What a completion says.
+
+    Raises:
+        Passing: it is none.
+        NoAnswer: it was refused, cut off or is empty.
+    """
+    try:
+        choice, usage = reply.choices[0], reply.usage
+        message, model = choice.message, str(reply.model or "")
+        text, refusal = message.content or "", getattr(message, "refusal", None)
+        n_prompt, n_completion = (int(usage.prompt_tokens), int(usage.completion_tokens)) if usage else (0, 0)
+    except (AttributeError, IndexError, TypeError, ValueError):
+        raise Passing("garbage", "what it answers is not its protocol", maybe_billed=True) from None
+    answer = Answer(refusal or text, model, n_prompt, n_completion)
+    if refusal or choice.finish_reason == "content_filter":
+        raise NoAnswer("refused", f"the model refused: {said(refusal or 'content filter')}", answer=answer)
+    if choice.finish_reason == "length":
+        raise NoAnswer("cut_off", f"the answer was cut off after {n_completion} tokens", answer=answer)
+    if not text.strip():
+        raise NoAnswer("empty", "the answer is empty", answer=answer)
+    return answer
+
+
+def needs_key(base_url: str, api_key: str | None) -> None:
+    """Refuse to go to OpenAI itself without a key, which would only be told so many times.
+
+    Raises:
+        BadInput: there is none.
+    """
+    if api_key is None and base_url == OPENAI_URL:
+        raise BadInput(
+            "There is no key for OpenAI.",
+            fix="Ask a person to set it: set_setting(key='openai_api_key', value=…), or OPENAI_API_KEY in the engine's "
+            "environment. Ollama and token_pattern need none.",
+        )

@@ -1,0 +1,120 @@
+"""Which language model is asked, where, with which key and at what price: from a call's arguments and the settings.
+
+Everything that asks one (labels, scores) opens its chat here, so that the rules are the same: agents choose no address,
+nothing leaves the machine while it is offline, and keys go to the server that they are for and nowhere else.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from mistudio_engine.api.errors import BadInput
+from mistudio_engine.discovery.labelling.addresses import check_address
+from mistudio_engine.discovery.labelling.budget import Budget, Prices
+from mistudio_engine.discovery.labelling.ollama_chat import OllamaServer
+from mistudio_engine.discovery.labelling.openai_chat import OpenAIServer, needs_key
+from mistudio_engine.discovery.labelling.patient_chat import PatientChat
+from mistudio_engine.handlers.settings import require_person, setting
+from mistudio_engine.runtime.engine import Engine
+from mistudio_engine.runtime.secrets import Secrets
+
+__all__ = ["Connection", "connection", "open_chat", "require_person_for_address"]
+
+
+class Connection(NamedTuple):
+    """Whom to ask. It holds no key."""
+
+    provider: str
+    """openai, ollama or compatible."""
+
+    model: str
+    base_url: str
+    prices: Prices | None
+    """None where nobody has said what it costs."""
+
+    @property
+    def id(self) -> str:
+        """As of `Chat`."""
+        return f"{self.provider}/{self.model}"
+
+
+def require_person_for_address(base_url: str | None) -> None:
+    """Refuse an address that an agent gives; to be called while the call is handled, not in its job.
+
+    Raises:
+        Forbidden: an agent gave one.
+    """
+    if base_url is not None:
+        require_person("say which server is asked (base_url); without it the setting labelling_base_url counts")
+
+
+def connection(
+    engine: Engine,
+    provider: str,
+    *,
+    model: str | None = None,
+    base_url: str | None = None,
+    price_per_million_input: float | None = None,
+    price_per_million_output: float | None = None,
+) -> Connection:
+    """Whom a call asks: what it says itself, else what is set.
+
+    Raises:
+        BadInput: no model, no address, no key where one is needed, or an address that is none.
+        Unsupported: the engine is offline and the server is elsewhere.
+    """
+    model = model or setting(engine, "labelling_model")
+    if model is None:
+        raise BadInput(
+            f"Which model of {provider} is to be asked?",
+            fix="Give model, such as gpt-4o-mini or llama3.2, or set labelling_model (set_setting).",
+        )
+    where = {"openai": "openai_base_url", "ollama": "ollama_base_url", "compatible": "labelling_base_url"}[provider]
+    address = base_url or setting(engine, where)
+    if address is None:
+        raise BadInput(
+            "Where does the OpenAI-compatible server listen?",
+            fix="Ask a person to set it: set_setting(key='labelling_base_url', value='http://127.0.0.1:8000/v1').",
+        )
+    address = check_address(address, offline=engine.offline)
+    found = Connection(
+        provider, model, address, _prices(engine, provider, price_per_million_input, price_per_million_output)
+    )
+    if provider == "openai":
+        needs_key(address, _key(engine, found))
+    return found
+
+
+def _prices(engine: Engine, provider: str, per_input: float | None, per_output: float | None) -> Prices | None:
+    if provider == "ollama" and per_input is None and per_output is None:
+        return Prices(0.0, 0.0)
+    per_input = setting(engine, "price_per_million_input") if per_input is None else per_input
+    per_output = setting(engine, "price_per_million_output") if per_output is None else per_output
+    if (per_input is None) != (per_output is None):
+        missing = "price_per_million_output" if per_output is None else "price_per_million_input"
+        raise BadInput(f"{missing} is missing.", why="The other price is there.", fix="Give both, or neither.")
+    return None if per_input is None or per_output is None else Prices(per_input, per_output)
+
+
+def _key(engine: Engine, to: Connection) -> str | None:
+    """The key that is meant for this server; never another one's."""
+    names = {"openai": "openai_api_key", "compatible": "labelling_api_key"}
+    return Secrets(engine.home).get(names[to.provider]) if to.provider in names else None
+
+
+def open_chat(
+    engine: Engine, to: Connection, *, temperature: float = 0.0, n_parallel: int = 8, budget: Budget | None = None
+) -> PatientChat:
+    """A chat with it, for the event loop that first asks it; close it there."""
+    if to.provider == "ollama":
+        server = OllamaServer(to.model, base_url=to.base_url, temperature=temperature)
+    else:
+        server = OpenAIServer(
+            to.model,
+            base_url=to.base_url,
+            api_key=_key(engine, to),
+            name=to.provider,
+            key_setting="openai_api_key" if to.provider == "openai" else "labelling_api_key",
+            temperature=temperature,
+        )
+    return PatientChat(server, n_parallel=n_parallel, budget=budget, redact=Secrets(engine.home).redact)

@@ -1,0 +1,306 @@
+"""Published labels and examples come in, keep their authors, and never replace a person's word."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mistudio_engine.api.errors import EmptyData, Forbidden, NotFound, Unreachable, WrongShape
+from mistudio_engine.api.operations import ImportLabels, LabelHistory, SearchFeatures, SetLabel, ShowPublished
+from mistudio_engine.api.records import LabelRecord, SAERecord
+from mistudio_engine.handlers.knowledge import Knowledge
+from mistudio_engine.runtime.engine import Engine
+from mistudio_engine.runtime.jobs import JobContext
+from tests.behaviour.doors import Served
+from tests.behaviour.trainings import completed, ended
+from tests.bucket_server import BucketServer, bucket_server
+
+
+def rows(engine: Engine, source: str, shuffled: bool = False) -> dict[str, list[dict[str, Any]]]:
+    """What Neuronpedia would have published of the SAE, its statistics our own in other units."""
+    record = engine.store.get(SAERecord, "first")
+    with Knowledge(engine, record) as known:
+        maxima, frequency = known.extraction.max.tolist(), known.extraction.frequency.tolist()
+    if shuffled:
+        maxima, frequency = maxima[::-1], frequency[::-1]
+    of = {"modelId": "tiny", "layer": source}
+    return {
+        "features": [
+            of
+            | {
+                "index": str(n),
+                "maxActApprox": 3 * maxima[n],
+                "frac_nonzero": frequency[n],
+                "hookName": record.hook_name,
+            }
+            for n in range(record.d_sae)
+        ],
+        "explanations": [
+            of
+            | {
+                "id": f"e{n}",
+                "index": str(n),
+                "description": f"published words {n}",
+                "authorId": "ann",
+                "typeName": "oai_token-act-pair",
+                "explanationModelName": "gpt-4o-mini",
+                "scoreV1": 0.75,
+            }
+            for n in range(40)
+        ],
+        "activations": [
+            of
+            | {
+                "id": f"a{n}-{k}",
+                "index": str(n),
+                "tokens": ["The", " cat", f" {k}"],
+                "values": [0.0, 10.0 - k, 1.0],
+                "binMin": -1,
+                "binMax": -1,
+                "binContains": -1,
+            }
+            for n in range(40)
+            for k in range(3)
+        ],
+    }
+
+
+def packed(table: dict[str, list[dict[str, Any]]], per_file: int = 16) -> dict[str, bytes]:
+    """Files of the tree, some features to a file."""
+    files = {}
+    for kind, lines in table.items():
+        for line in lines:
+            name = f"{kind}/batch-{int(line['index']) // per_file}.jsonl.gz"
+            files[name] = files.get(name, b"") + json.dumps(line).encode() + b"\n"
+    return {name: gzip.compress(data) for name, data in files.items()}
+
+
+@pytest.fixture
+def source_id(studio: Served) -> str:
+    return f"{studio.engine.store.get(SAERecord, 'first').layer}-res-test"
+
+
+@pytest.fixture
+def folder(studio: Served, source_id: str, tmp_path: Path) -> Path:
+    return written(tmp_path / "tree", packed(rows(studio.engine, source_id)))
+
+
+def written(folder: Path, files: dict[str, bytes]) -> Path:
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return folder
+
+
+@pytest.fixture
+def bucket(studio: Served, source_id: str) -> Iterator[BucketServer]:
+    with bucket_server() as made:
+        made.files = {
+            f"v1/tiny/{source_id}/{name}": data for name, data in packed(rows(studio.engine, source_id)).items()
+        }
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def labels_of_jobs_alone(studio: Served) -> Iterator[None]:
+    """Each test begins with the labels that jobs made, and leaves those that were there."""
+    store = studio.engine.store
+    before = [label for n in range(128) for label in reversed(store.label_history("first", n))]
+
+    def put(labels: list[LabelRecord]) -> None:
+        with store.transaction():
+            store._writer.execute("DELETE FROM labels WHERE sae = ?", ("first",))
+            for label in labels:
+                store.add_label(label)
+
+    put([label for label in before if label.author.startswith("job:")])
+    yield
+    put(before)
+
+
+def imported(engine: Engine, source: Path | str, **more: Any) -> dict[str, Any]:
+    job = completed(engine, ImportLabels(sae="first", source=str(source), **more))
+    assert job.result is not None
+    assert not list((engine.home / "extractions").rglob("*.part"))
+    return job.result
+
+
+def test_labels_and_examples_come_in_with_their_authors(studio: Served, folder: Path, source_id: str) -> None:
+    engine = studio.engine
+    report = imported(engine, folder)
+    assert report["source"] == f"tiny/{source_id}"
+    assert (report["n_features"], report["n_labels"], report["n_examples"], report["refused"]) == (128, 40, 120, {})
+    assert report["fidelity"]["verdict"] == "matches"
+    assert report["fidelity"]["max_correlation"] == pytest.approx(1.0)
+    label = engine.store.label("first", 7)
+    assert label is not None
+    assert (label.label, label.author) == ("published words 7", "neuronpedia:ann")
+    assert label.method == "oai_token-act-pair/gpt-4o-mini" and f"tiny/{source_id} feature 7" in label.evidence
+    assert label.scores == {"published": {"scoreV1": 0.75}} and label.confidence is None
+    shown = engine.call(ShowPublished(sae="first", index=7, n=2))
+    assert [each.label for each in shown.labels] == ["published words 7"]
+    (source,) = shown.sources
+    assert (source.source, source.total, source.shown) == (f"tiny/{source_id}", 3, 2)
+    assert source.examples[0].tokens == ["The", " cat", " 0"] and source.examples[0].values == [0.0, 10.0, 1.0]
+    found = engine.call(SearchFeatures(sae="first", query="published words", mode="text", include_dense=True))
+    assert found.rows and all("published words" in (row.label or "") for row in found.rows)
+
+
+def test_a_persons_and_an_agents_labels_stay(studio: Served, folder: Path) -> None:
+    engine = studio.engine
+    engine.call(SetLabel(feature="first#3", label="mine"))
+    engine.call(SetLabel(feature="first#4", label="the agent's"), caller="agent:a")
+    report = imported(engine, folder, examples=False)
+    assert (report["n_labels"], report["n_kept"]) == (38, 2)
+    for index, words in ((3, "mine"), (4, "the agent's")):
+        history = engine.call(LabelHistory(sae="first", index=index)).rows
+        assert history[0].label == words and not any("published" in each.label for each in history)
+
+
+def test_the_same_import_again_adds_nothing(studio: Served, folder: Path) -> None:
+    imported(engine := studio.engine, folder)
+    before = [engine.store.label_history("first", n) for n in range(40)]
+    again = imported(engine, folder)
+    assert (again["n_labels"], again["n_known"], again["n_examples"]) == (0, 40, 120)
+    assert [engine.store.label_history("first", n) for n in range(40)] == before
+    assert engine.call(ShowPublished(sae="first", index=7)).sources[0].total == 3
+
+
+def test_of_several_labels_that_with_the_best_score_counts(studio: Served, source_id: str, tmp_path: Path) -> None:
+    table = rows(studio.engine, source_id)
+    one = table["explanations"][5]
+    table["explanations"] = [
+        one | {"id": str(n), "description": f"w{n}", "scoreV1": s} for n, s in enumerate((0.2, 0.9, None))
+    ]
+    report = imported(studio.engine, written(tmp_path / "t", packed(table)), examples=False)
+    assert report["n_labels"] == 3
+    label = studio.engine.store.label("first", 5)
+    assert label is not None and label.label == "w1"
+
+
+def test_only_the_features_asked_for_come_in(studio: Served, folder: Path) -> None:
+    report = imported(studio.engine, folder, features=[1, 2])
+    assert (report["n_features"], report["n_labels"], report["n_examples"]) == (2, 2, 6)
+    assert report["fidelity"]["verdict"] == "unknown"
+    with pytest.raises(NotFound, match="Nothing published"):
+        studio.engine.call(ShowPublished(sae="first", index=9))
+
+
+def test_other_statistics_are_noticed(studio: Served, source_id: str, tmp_path: Path) -> None:
+    files = packed(rows(studio.engine, source_id, shuffled=True))
+    report = imported(studio.engine, written(tmp_path / "t", files), labels=False)
+    assert report["fidelity"]["verdict"] == "differs" and report["n_labels"] == 0
+
+
+def test_a_bucket_is_read_as_a_folder_is(studio: Served, bucket: BucketServer, source_id: str) -> None:
+    report = imported(studio.engine, f"tiny/{source_id}", base_url=bucket.url)
+    assert (report["n_features"], report["n_labels"], report["n_examples"]) == (128, 40, 120)
+    n_files = len(bucket.files)
+    assert report["n_files"] == n_files and sum("batch-" in path for path in bucket.requests) == n_files
+
+
+def test_a_dry_run_says_how_much_there_is_and_fetches_nothing(
+    studio: Served, bucket: BucketServer, source_id: str
+) -> None:
+    operation = ImportLabels(sae="first", source=f"tiny/{source_id}", base_url=bucket.url, dry_run=True)
+    plan = studio.engine.call(operation).plan
+    n_bytes = sum(map(len, bucket.files.values()))
+    assert plan is not None
+    assert plan.details == {"n_files": len(bucket.files), "n_bytes": n_bytes, "n_features_at_most": 128}
+    assert not any("batch-" in path for path in bucket.requests)
+
+
+def test_a_killed_import_goes_on_with_the_file_it_was_at(studio: Served, bucket: BucketServer, source_id: str) -> None:
+    """The generator is dropped as a killed engine drops it; another begins in the same job's folder."""
+    from mistudio_engine.handlers.published import run_import_labels
+
+    engine = studio.engine
+    operation = ImportLabels(sae="first", source=f"tiny/{source_id}", base_url=bucket.url)
+    job = completed(engine, ImportLabels(sae="first", source=f"tiny/{source_id}", base_url=bucket.url, features=[99]))
+    context = JobContext(job, engine.home / "jobs" / "killed", engine.bus.publish)
+    work = run_import_labels(operation, engine, context)
+    n_done = 0
+    while n_done < 9:
+        n_done += next(work).checkpointed
+    del work  # no `close` of the job: what it wrote is all that is left
+    bucket.requests.clear()
+    second = run_import_labels(operation, engine, context)
+    while True:
+        try:
+            next(second)
+        except StopIteration as stop:
+            report = stop.value
+            break
+    assert sum("batch-" in path for path in bucket.requests) == len(bucket.files) - 9
+    assert (report.n_features, report.n_labels, report.n_examples) == (128, 40, 120)
+    for n in range(40):
+        authors = [each.author for each in engine.store.label_history("first", n)]
+        assert authors.count("neuronpedia:ann") == 1
+
+
+def test_what_is_hostile_is_counted_and_the_rest_comes_in(studio: Served, source_id: str, tmp_path: Path) -> None:
+    table = rows(studio.engine, source_id)
+    table["explanations"][0]["description"] = "\u202edog\x1b[2J"
+    table["explanations"][1]["description"] = ["no", "text"]
+    table["explanations"][2]["layer"] = "9-other"
+    table["activations"][0]["values"] = [1.0]
+    files = packed(table)
+    report = imported(studio.engine, written(tmp_path / "t", files))
+    refused = {"no description": 1, "of another source": 1, "not 1 to 4096 tokens with a value each": 1}
+    assert report["refused"] == refused and report["n_labels"] == 38 and report["n_examples"] == 119
+    label = studio.engine.store.label("first", 0)
+    assert label is not None and label.label == "dog [2J"
+
+
+def test_what_is_of_another_sae_is_refused(studio: Served, source_id: str, tmp_path: Path) -> None:
+    engine = studio.engine
+    other_layer = written(tmp_path / "layer", packed(rows(engine, "31-res-test")))
+    table = rows(engine, source_id)
+    table["features"].append(table["features"][0] | {"index": "128"})
+    too_many = written(tmp_path / "many", packed(table))
+    table = rows(engine, source_id)
+    for line in (line for lines in table.values() for line in lines):
+        line["modelId"] = "gpt2-small"
+    other_model = written(tmp_path / "model", packed(table))
+    for folder, words in ((other_layer, "layer 31"), (too_many, "feature 128"), (other_model, "check_model=false")):
+        job = ended(engine, ImportLabels(sae="first", source=str(folder)))
+        assert job.state == "failed" and job.error is not None
+        assert job.error.code == "wrong_shape" and words in str(job.error)
+    assert all(not each.author.startswith("neuronpedia:") for each in engine.store.labels("first").values())
+    assert imported(engine, other_model, check_model=False)["n_labels"] == 40
+    with pytest.raises(WrongShape, match="'gpt2-small'"):
+        engine.call(ImportLabels(sae="first", source=f"gpt2-small/{source_id}"))
+
+
+def test_an_agent_may_name_neither_a_folder_nor_a_bucket(studio: Served, folder: Path, source_id: str) -> None:
+    for arguments in ({"source": str(folder)}, {"source": f"tiny/{source_id}", "base_url": "https://bucket.invalid"}):
+        with pytest.raises(Forbidden, match="Only a person"):
+            studio.engine.call(ImportLabels(sae="first", **arguments), caller="agent:a")
+
+
+def test_offline_a_bucket_is_refused(studio: Served, source_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MISTUDIO_OFFLINE", "1")
+    with pytest.raises(Unreachable, match="MISTUDIO_OFFLINE=1"):
+        studio.engine.call(ImportLabels(sae="first", source=f"tiny/{source_id}"))
+
+
+def test_a_source_without_files_is_refused(studio: Served, tmp_path: Path) -> None:
+    with pytest.raises(EmptyData, match="has no activations or explanations"):
+        studio.engine.call(ImportLabels(sae="first", source=str(tmp_path)))
+    with pytest.raises(NotFound, match="There is no folder"):
+        studio.engine.call(ImportLabels(sae="first", source=str(tmp_path / "nowhere")))
+    with pytest.raises(ValueError, match="ask for labels or examples"):
+        ImportLabels(sae="first", source="a/b", labels=False, examples=False)
+
+
+def test_a_damaged_file_fails_the_job_and_says_which(studio: Served, folder: Path) -> None:
+    path = folder / "activations" / "batch-1.jsonl.gz"
+    path.write_bytes(path.read_bytes()[:-30])
+    job = ended(studio.engine, ImportLabels(sae="first", source=str(folder)))
+    assert job.state == "failed" and job.error is not None
+    assert job.error.code == "corrupt_file" and "batch-1.jsonl.gz" in job.error.what

@@ -1,0 +1,113 @@
+"""An SAE's features as one JSON document: what get_feature says of each, the same bytes every time."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from typing import Any
+
+import pytest
+
+from mistudio_engine.api.operations import DownloadExport, Export, GetFeature, SetLabel, ShowExport
+from mistudio_engine.export.features_json import FeaturesDocument
+from mistudio_engine.runtime.engine import Engine
+from tests.behaviour.doors import Served
+from tests.behaviour.trainings import completed
+
+
+def exported(engine: Engine, **more: Any) -> tuple[dict[str, Any], bytes]:
+    """The record of an export and its bytes."""
+    job = completed(engine, Export(sae="first", format="json", **more))
+    assert job.result is not None
+    download = engine.call(DownloadExport(export=job.result["slug"]))
+    with open(download.path, "rb") as file:
+        data = file.read()
+    assert download.sha256 == hashlib.sha256(data).hexdigest() == job.result["sha256"]
+    assert download.n_bytes == len(data)
+    return job.result, data
+
+
+def test_each_feature_is_what_get_feature_says(studio: Served) -> None:
+    engine = studio.engine
+    engine.call(SetLabel(feature="first#3", label="猫 and “dogs”", category="Animals", evidence="I looked."))
+    record, data = exported(engine, n_examples=4, window=6, histogram_bins=20)
+    assert record["format"] == "json" and record["status"] == "completed"
+    document = json.loads(data)
+    FeaturesDocument.model_validate(document)
+    assert document["sae"]["slug"] == "first" and document["n_features"] == 128 == len(document["features"])
+    assert document["extraction"]["slug"] == document["features"][0]["extraction"]
+    assert document["provenance"]["bos_policy"]
+    for feature in document["features"]:
+        operation = GetFeature(sae="first", index=feature["index"], n=4, window=6, bins=20, sampling="all")
+        card = engine.call(operation).model_dump(mode="json")
+        examples, shown = feature.pop("examples"), card.pop("examples")
+        assert feature == card
+        assert [{key: each[key] for key in shown[0]} for each in examples] == shown if shown else not examples
+        for each in examples:
+            assert len(each["token_ids"]) == len(each["tokens"]) == len(each["values"])
+            if each["value"]:
+                assert each["values"][each["position"]] == each["value"]
+    third = document["features"][3]
+    assert third["label"] == "猫 and “dogs”" and third["labels"][0]["author"] == "person"
+
+
+def test_the_same_export_is_the_same_bytes_also_compressed(studio: Served) -> None:
+    one, plain = exported(studio.engine)
+    two, again = exported(studio.engine)
+    assert one["slug"] != two["slug"] and plain == again
+    packed_record, packed = exported(studio.engine, compress=True)
+    assert packed_record["format"] == "json.gz"
+    assert gzip.decompress(packed) == plain
+    assert exported(studio.engine, compress=True)[1] == packed
+
+
+def test_what_was_not_asked_for_is_null(studio: Served) -> None:
+    _, data = exported(
+        studio.engine,
+        feature_selection="custom",
+        indices=[5, 3],
+        include_explanations=False,
+        include_histograms=False,
+        include_logit_lens=False,
+        include_top_tokens=False,
+        n_examples=0,
+    )
+    features = json.loads(data)["features"]
+    assert [each["index"] for each in features] == [3, 5]
+    for each in features:
+        absent = ("label", "category", "labels", "histogram", "promoted", "suppressed", "top_tokens")
+        assert not any(each[name] for name in absent) and each["examples"] == []
+        assert each["activation_frequency"] is not None
+
+
+def test_numbers_of_tokens_are_honoured(studio: Served) -> None:
+    _, data = exported(studio.engine, feature_selection="extracted", top_tokens_k=2, logit_lens_k=3)
+    for each in json.loads(data)["features"]:
+        assert len(each["promoted"]) == len(each["suppressed"]) == 3
+        assert 1 <= len(each["top_tokens"]) <= 2
+
+
+def test_a_dry_run_says_about_how_large_it_will_be(studio: Served) -> None:
+    job = studio.engine.call(Export(sae="first", format="json", dry_run=True))
+    _, data = exported(studio.engine)
+    assert job.plan is not None and 0.3 < job.plan.disk_bytes / len(data) < 5
+
+
+def test_the_download_is_a_file_over_rest(studio: Served) -> None:
+    record, data = exported(studio.engine, compress=True, feature_selection="custom", indices=[1])
+    with studio.http(headers=studio.headers) as http:
+        answer = http.get(
+            f"/api/v1/neuronpedia/export/{record['slug']}/download", headers={"Accept-Encoding": "identity"}
+        )
+        assert answer.status_code == 200 and answer.content == data
+        assert answer.headers["content-type"].startswith("application/gzip")
+    assert studio.engine.call(ShowExport(export=record["slug"])).file_size_bytes == len(data)
+
+
+def test_the_zip_is_still_there_and_is_not_compressed_twice(studio: Served) -> None:
+    job = completed(studio.engine, Export(sae="first", feature_selection="custom", indices=[1, 2]))
+    assert job.result is not None and job.result["format"] == "zip"
+    assert studio.engine.call(DownloadExport(export=job.result["slug"])).media_type == "application/zip"
+    with pytest.raises(ValueError, match="compress goes with format='json'"):
+        Export(sae="first", compress=True)

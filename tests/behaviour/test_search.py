@@ -1,0 +1,365 @@
+"""Searching features through a whole engine: every mode, every filter, neighbours, and an index that can be lost."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mistudio_engine.api.errors import BadInput, EmptyData, MistudioError, NotFound
+from mistudio_engine.api.features import FeaturePage, NeighbourPage
+from mistudio_engine.api.operations import Extract, FeaturesOnText, GetFeature, Neighbours, SearchFeatures, SetLabel
+from mistudio_engine.api.operations.settings import SetSetting
+from mistudio_engine.api.records import SAERecord
+from mistudio_engine.handlers import REGISTRY
+from mistudio_engine.handlers.search_index import settle
+from mistudio_engine.runtime.engine import Engine
+from mistudio_engine.saes import load_sae
+from tests.behaviour.conftest import prepare
+from tests.behaviour.trainings import completed, train
+from tests.discovery.embedding_server import serve_embeddings
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The data directory of a stopped engine with a labelled SAE, `first`, and one of another hook, `other`."""
+    home = tmp_path_factory.mktemp("kept") / "home"
+    engine = started(home)
+    prepare(engine)
+    completed(engine, train(name="other", hook_name="blocks.0.hook_resid_post"))
+    completed(engine, Extract(sae="other", n_tokens=2048))
+    engine.stop()
+    return home
+
+
+@pytest.fixture
+def engine(kept: Path, tmp_path: Path) -> Iterator[Engine]:
+    """An engine of its own for a test that changes things."""
+    shutil.copytree(kept, tmp_path / "home")
+    engine = started(tmp_path / "home")
+    yield engine
+    engine.stop()
+
+
+@pytest.fixture(scope="module")
+def asked(kept: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """One engine for the tests that only read."""
+    home = tmp_path_factory.mktemp("asked") / "home"
+    shutil.copytree(kept, home)
+    engine = started(home)
+    yield engine
+    engine.stop()
+
+
+def started(home: Path) -> Engine:
+    engine = Engine(home, REGISTRY)
+    engine.start()
+    engine.wait_ready(120)
+    return engine
+
+
+def search(engine: Engine, **arguments: Any) -> FeaturePage:
+    return engine.call(SearchFeatures(**arguments))
+
+
+def neighbours(engine: Engine, index: int, **arguments: Any) -> NeighbourPage:
+    return engine.call(Neighbours(sae="first", index=index, **arguments))
+
+
+def some_feature(engine: Engine) -> int:
+    """A living feature that is not dense and has a label."""
+    return next(row.index for row in search(engine, sae="first", limit=200).rows if row.label)
+
+
+def directions(engine: Engine) -> np.ndarray:
+    """Unit decoder rows, in float64."""
+    W_dec = load_sae(engine.home / engine.store.get(SAERecord, "first").folder).W_dec.double()
+    return torch.nn.functional.normalize(W_dec, dim=-1).numpy()
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "list": {},
+    "auto": {"query": "words for animals"},
+    "meaning": {"query": "words for animals", "mode": "meaning"},
+    "text": {"query": "the", "mode": "text"},
+    "token": {"query": "the", "mode": "token"},
+    "promotes": {"query": "the", "mode": "promotes"},
+    "suppresses": {"query": "the and", "mode": "suppresses"},
+}
+
+
+def test_every_mode_finds_something_says_which_it_was_and_ranks_by_falling_score(asked: Engine) -> None:
+    for way, arguments in WAYS.items():
+        page = search(asked, sae="first", **arguments)
+        assert page.rows, way
+        assert page.mode == {"auto": "hybrid"}.get(way, way)
+        assert page.score_means
+        scores = [row.score for row in page.rows]
+        assert scores == [None] * len(scores) if way == "list" else scores == sorted(scores, reverse=True)
+        assert (page.embedder is not None) == (way in ("auto", "meaning"))
+
+
+def test_a_mode_without_what_it_needs_says_so(asked: Engine) -> None:
+    for mode in ("meaning", "text", "token", "promotes", "suppresses", "decoder"):
+        with pytest.raises(EmptyData, match=f"{mode} needs"):
+            search(asked, sae="first", mode=mode)
+    ref = f"sae/first#{some_feature(asked)}"
+    with pytest.raises(BadInput, match="a query, and a feature"):
+        search(asked, query="cats", like=ref)
+    with pytest.raises(BadInput, match="compared by text"):
+        search(asked, like=ref, mode="text")
+    with pytest.raises(BadInput, match="not with words"):
+        search(asked, query="cats", mode="decoder")
+    with pytest.raises(NotFound):
+        search(asked, like="sae/first#100000")
+
+
+def test_what_promotes_a_token_has_it_among_its_strongest_logits(asked: Engine) -> None:
+    for mode, end in (("promotes", "promoted"), ("suppresses", "suppressed")):
+        page = search(asked, query="the", mode=mode, sae="first", limit=5, include_dense=True)
+        effects = []
+        for row in page.rows:
+            card = asked.call(GetFeature(sae="first", index=row.index))
+            shown = {each.token.strip(): abs(each.value) for each in getattr(card, end)}
+            effects.append(shown["the"])
+        assert effects == sorted(effects, reverse=True)
+        assert page.rows[0].score == 1.0
+        assert f"{effects[0]:.2f}" in page.rows[0].why
+
+
+def test_filters_hold_in_every_mode_and_what_is_hidden_is_counted(asked: Engine) -> None:
+    everything = {row.index: row for row in search(asked, sae="first", limit=200, include_dense=True).rows}
+    frequency = float(np.median([row.activation_frequency for row in everything.values()]))
+    like = {"like": {"like": f"sae/first#{some_feature(asked)}"}}
+    for way, arguments in (WAYS | like).items():
+        whole = search(asked, sae="first", limit=200, include_dense=True, **arguments)
+        by_default = search(asked, sae="first", limit=200, **arguments)
+        assert by_default.total + by_default.hidden.get("dense", 0) == whole.total, way
+        assert all(row.activation_frequency <= 0.1 for row in by_default.rows)
+        rare = search(asked, sae="first", limit=200, include_dense=True, max_frequency=frequency, **arguments)
+        assert {row.index for row in rare.rows} == {
+            row.index for row in whole.rows if row.activation_frequency <= frequency
+        }, way
+        sure = search(asked, sae="first", limit=200, include_dense=True, min_confidence=0.8, **arguments)
+        assert all(row.confidence >= 0.8 for row in sure.rows)
+        assert sure.total + sure.hidden.get("badly_scored", 0) == whole.total, way
+        nobody = search(asked, sae="first", author="person", include_dense=True, **arguments)
+        assert nobody.total == 0, way
+
+
+def test_a_person_s_label_is_found_by_its_words_its_author_and_its_category(engine: Engine) -> None:
+    index = some_feature(engine)
+    engine.call(SetLabel(feature=f"sae/first#{index}", label="a zebra crossing", category="Street > Signs"))
+    for arguments in (
+        {"query": "zebra", "mode": "text"},
+        {"author": "person"},
+        {"category": "street"},
+        {"label": "ZEBRA"},
+        {"query": "striped pedestrian crossing", "mode": "meaning", "author": "person"},
+    ):
+        page = search(engine, sae="first", **arguments)
+        assert [row.index for row in page.rows] == [index], arguments
+    assert search(engine, query="zebra").rows[0].index == index
+
+
+def test_similar_features_are_those_of_a_brute_force(asked: Engine) -> None:
+    index = some_feature(asked)
+    rows = directions(asked)
+    cosines = rows @ rows[index]
+    page = search(asked, like=f"sae/first#{index}", mode="decoder", limit=200, include_dense=True, include_dead=True)
+    assert index not in [row.index for row in page.rows]
+    for row in page.rows:
+        assert row.score == pytest.approx(max(0.0, cosines[row.index]), abs=1e-5)
+    both = search(asked, like=f"sae/first#{index}", sae="first")
+    assert both.mode == "similar"
+    assert "decoder direction alike" in both.rows[0].why
+    assert "close in meaning" in both.rows[0].why
+
+
+def test_neighbours_by_decoder_are_the_nearest_and_the_most_opposite(asked: Engine) -> None:
+    index = some_feature(asked)
+    rows = directions(asked)
+    cosines = rows @ rows[index]
+    page = neighbours(asked, index, n=5, include_dense=True, include_dead=True)
+    order = [at for at in np.argsort(-cosines) if at != index]
+    similar = [row for row in page.rows if row.sign == "similar"]
+    opposite = [row for row in page.rows if row.sign == "opposite"]
+    assert [row.index for row in similar] == order[:5]
+    assert [row.index for row in opposite] == order[::-1][:5]
+    for row in page.rows:
+        assert row.value == pytest.approx(cosines[row.index], abs=1e-5)
+    hiding = neighbours(asked, index, n=200)
+    assert all(row.activation_frequency is None or 0 < row.activation_frequency <= 0.1 for row in hiding.rows)
+    assert hiding.hidden
+
+
+def test_neighbours_by_label_logits_and_coactivation(asked: Engine) -> None:
+    index = some_feature(asked)
+    for by in ("label", "logits", "coactivation"):
+        page = neighbours(asked, index, by=by, n=5)
+        assert page.rows, by
+        values = [row.value for row in page.rows if row.sign == "similar"]
+        assert values == sorted(values, reverse=True)
+        assert all(-1 <= value <= 1 for value in values)
+        assert index not in [row.index for row in page.rows]
+    assert page.rows[0].count > 0
+    assert neighbours(asked, index, by="label").embedder
+
+
+def test_directions_of_another_hook_are_not_compared(asked: Engine) -> None:
+    index = some_feature(asked)
+    with pytest.raises(BadInput, match="different models or hooks"):
+        neighbours(asked, index, other_sae="other")
+    with pytest.raises(BadInput, match="different models or hooks"):
+        search(asked, like=f"sae/first#{index}", mode="decoder", sae="other")
+    with pytest.raises(NotFound):
+        neighbours(asked, 100_000)
+    with pytest.raises(BadInput, match="one SAE"):
+        neighbours(asked, index, by="coactivation", other_sae="other")
+
+
+def test_features_on_a_text_are_filtered_like_a_search(asked: Engine) -> None:
+    text = "The small dog ran along the river"
+    whole = asked.call(FeaturesOnText(sae="first", text=text, k=200, include_dense=True))
+    rare = asked.call(FeaturesOnText(sae="first", text=text, k=200, max_frequency=0.02))
+    expected = {row.index for row in whole.rows if row.activation_frequency <= 0.02}
+    assert {row.index for row in rare.rows} == expected
+    assert sum(rare.hidden.values()) == whole.total - len(expected)
+    sure = asked.call(FeaturesOnText(sae="first", text=text, k=200, include_dense=True, min_confidence=0.8))
+    assert all(row.confidence >= 0.8 for row in sure.rows)
+    assert sure.hidden["badly_scored"] == whole.total - len(sure.rows)
+
+
+def every_answer(engine: Engine) -> list[dict[str, Any]]:
+    """All pages of every mode, but for their cursors, which name the version of the index."""
+    index = 0
+    ways = [*WAYS.values(), {"like": f"sae/first#{index}"}, {"like": f"sae/first#{index}", "mode": "meaning"}]
+    found = []
+    for arguments in ways:
+        cursor = None
+        while True:
+            page = search(engine, limit=40, include_dense=True, include_dead=True, cursor=cursor, **arguments)
+            found.append(page.model_dump(exclude={"next_cursor"}))
+            cursor = page.next_cursor
+            if cursor is None:
+                break
+    return found
+
+
+def test_an_index_that_is_deleted_cut_off_or_garbled_gives_the_same_answers_again(kept: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    shutil.copytree(kept, home)
+    engine = started(home)
+    engine.call(SetLabel(feature="sae/first#3", label="a late label"))
+    before = every_answer(engine)
+    engine.stop()
+    sound = home.parent / "sound"
+    shutil.copytree(home / "index", sound)
+    files = sorted((path for path in sound.rglob("*") if path.is_file()), key=lambda path: -path.stat().st_size)
+    for harm in ("delete", "truncate", "garble"):
+        shutil.rmtree(home / "index")
+        if harm != "delete":
+            shutil.copytree(sound, home / "index")
+            for path in files[:3]:
+                content = path.read_bytes()
+                spoilt = content[: len(content) // 2] if harm == "truncate" else content[::-1]
+                (home / "index" / path.relative_to(sound)).write_bytes(spoilt)
+        again = started(home)
+        try:
+            assert every_answer(again) == before, harm
+        finally:
+            again.stop()
+
+
+def test_pages_go_on_while_labels_are_written_and_a_new_extraction_ends_them_clearly(engine: Engine) -> None:
+    first = {way: search(engine, sae="first", limit=5, **arguments) for way, arguments in WAYS.items()}
+    whole = {way: search(engine, sae="first", limit=200, **arguments) for way, arguments in WAYS.items()}
+    stop = threading.Event()
+
+    def write() -> None:
+        at = 0
+        while not stop.is_set():
+            engine.call(SetLabel(feature=f"sae/first#{at % 100}", label=f"the label {at}"))
+            at += 1
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for way, arguments in WAYS.items():
+            rows, cursor = list(first[way].rows), first[way].next_cursor
+            while cursor is not None:
+                page = search(engine, sae="first", limit=5, cursor=cursor, **arguments)
+                rows, cursor = rows + page.rows, page.next_cursor
+            assert [(row.index, row.label, row.score) for row in rows] == [
+                (row.index, row.label, row.score) for row in whole[way].rows
+            ], way
+    finally:
+        stop.set()
+        writer.join()
+    completed(engine, Extract(sae="first", n_tokens=4096))
+    with pytest.raises(BadInput, match="another search"):
+        search(engine, sae="first", limit=5, cursor=first["token"].next_cursor, **WAYS["token"])
+    assert {row.index for row in search(engine, sae="first", mode="token", query="the").rows}
+
+
+def test_another_embedder_is_used_as_soon_as_its_index_is_made_and_words_until_then(engine: Engine) -> None:
+    assert search(engine, query="animals").mode == "hybrid"
+    with serve_embeddings(hold=threading.Event()) as server:
+        engine.call(SetSetting(key="ollama_base_url", value=server.url))
+        engine.call(SetSetting(key="embedder", value="ollama:tiny-embed"))
+        meanwhile = search(engine, query="animals")
+        assert (meanwhile.mode, meanwhile.embedder) == ("text", None)
+        assert "ollama:tiny-embed" in meanwhile.note
+        server.hold.set()
+        settle(engine)
+        page = search(engine, query="animals")
+        assert page.mode == "hybrid"
+        assert page.embedder.startswith("ollama:tiny-embed@")
+        index = some_feature(engine)
+        # Its vectors say nothing but whether two texts are one, which is what the label vector is asked here.
+        engine.call(SetLabel(feature=f"sae/first#{index}", label="written for the new one"))
+        found = search(engine, query="written for the new one", mode="meaning", sae="first")
+        assert "label 1.00" in next(row.why for row in found.rows if row.index == index)
+        engine.call(SetSetting(key="embedder", value=None))
+        settle(engine)
+    assert search(engine, query="animals").embedder == "all-MiniLM-L6-v2"
+
+
+def test_a_server_that_does_not_answer_a_query_costs_a_bounded_wait_and_words_are_compared(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mistudio_engine.handlers.search_index.QUERY_SECONDS", 0.3)
+    with serve_embeddings() as server:
+        engine.call(SetSetting(key="ollama_base_url", value=server.url))
+        engine.call(SetSetting(key="embedder", value="ollama:tiny-embed"))
+        settle(engine)
+        assert search(engine, query="animals").mode == "hybrid"
+        server.hold = threading.Event()
+        page = search(engine, query="never asked before")
+        assert page.mode == "text"
+        assert "did not answer within 0.3 s" in page.note
+        with pytest.raises(MistudioError, match="did not answer"):
+            search(engine, query="nor this", mode="meaning")
+        server.hold.set()
+        engine.call(SetSetting(key="embedder", value=None))
+        settle(engine)
+
+
+def test_a_server_that_is_not_there_leaves_words_and_the_reason(engine: Engine) -> None:
+    with serve_embeddings() as server:
+        url = server.url
+    engine.call(SetSetting(key="ollama_base_url", value=url))
+    engine.call(SetSetting(key="embedder", value="ollama:tiny-embed"))
+    settle(engine)
+    page = search(engine, query="animals")
+    assert page.mode == "text"
+    assert "nobody listens" in page.note
+    index = some_feature(engine)
+    engine.call(SetLabel(feature=f"sae/first#{index}", label="kept all the same"))
+    assert search(engine, query="kept all the same", sae="first").rows[0].index == index
