@@ -271,6 +271,7 @@ def _page(hits: FeatureHits, engine: Engine, note: str) -> FeaturePage:
                 activation_frequency=hit.frequency,
                 max_activation=hit.max_activation,
                 mean_activation=known.extraction.feature(hit.index).mean if known else None,
+                interpretability=known.interpretability_of(hit.index) if known else None,
                 score=hit.score,
                 why=hit.why,
             )

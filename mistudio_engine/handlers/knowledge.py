@@ -137,10 +137,14 @@ class Knowledge:
         """Row of a feature in everything that has a row for each feature of the extraction."""
         return int(np.searchsorted(self.extraction.indices, index))
 
+    def interpretability_of(self, index: int) -> float | None:
+        """Of one feature of the extraction."""
+        score = float(self.interpretability[self.at(index)])
+        return None if math.isnan(score) else score
+
     def row(self, index: int, **matched: Any) -> FeatureRow:
         """A feature in a list."""
         stats = self.extraction.feature(index)
-        interpretability = float(self.interpretability[self.at(index)])
         label = self.labels.get(index)
         key = FeatureKey(self.sae.slug, index)
         return FeatureRow(
@@ -154,7 +158,7 @@ class Knowledge:
             activation_frequency=stats.frequency,
             max_activation=stats.max,
             mean_activation=stats.mean,
-            interpretability=None if math.isnan(interpretability) else interpretability,
+            interpretability=self.interpretability_of(index),
             **matched,
         )
 
