@@ -66,7 +66,8 @@ class FeaturePage(Page[FeatureRow]):
     """Which text embedder compared meanings; None when only words were compared."""
 
     note: str = ""
-    """Why only words were compared, where meanings would have been."""
+    """What to know of the answer: why only words were compared, which hidden features are among the best matches,
+    what of the query is no token, or that the index is not complete."""
 
     score_means: str = ""
     """What the scores are."""

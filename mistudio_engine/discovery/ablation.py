@@ -24,6 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from mistudio_engine.api.errors import BadInput, EmptyData, NotFound
+from mistudio_engine.discovery.activation_block import check_finite
 from mistudio_engine.discovery.logit_lens import RESIDUAL_SITES
 from mistudio_engine.models.hooks import check_width, edit, parse_hook
 from mistudio_engine.models.language_model import unembedding
@@ -43,6 +44,7 @@ __all__ = [
     "bootstrap",
     "contribution",
     "matched_controls",
+    "written_rows",
 ]
 
 _STEP_NUMBERS = 1 << 24
@@ -193,7 +195,7 @@ def ablate(
         EmptyData: there are no texts.
         NotFound: no feature of such an index.
         UnknownHook, WrongShape: the hook is not the model's, or a width does not fit.
-        BadInput: a text is longer than the context, or a control's decoder row is zero.
+        BadInput: a text is longer than the context, a control's decoder row is zero, or the model overflows.
     """
     if not passages:
         raise EmptyData("There is no text to ablate a feature on.", fix="Give texts, or extract the SAE's features.")
@@ -213,6 +215,7 @@ def ablate(
     for which in batches:
         ids, counts = _padded([passages[each] for each in which])
         clean, x = _clean(lm, ids, hook_name)
+        check_finite("An activation", x[counts.to(x.device)])
         taken, acts = contribution(sae, x, feature)
         keep = counts.to(acts)[..., None]
         taken, acts = taken * keep.to(taken), acts * keep[..., 0]
@@ -259,12 +262,22 @@ def contribution(sae: SAE, x: Tensor, feature: int) -> tuple[Tensor, Tensor]:
     return (acts * scale * row).to(x), acts[..., 0].to(x.device)
 
 
+def written_rows(sae: SAE, features: Sequence[int] | NDArray[np.int64]) -> Tensor:
+    """What an activation of 1 of each feature writes, (n, d_out) in fp32, before its norm is undone.
+
+    These are rows of W_dec, of length 1 in SAEs that count their rows as normed (`rescale_acts_by_decoder_norm`).
+    """
+    rows = sae.W_dec[torch.as_tensor(np.array(features, dtype=np.int64))].detach().float()
+    if not getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
+        return rows
+    return torch.nn.functional.normalize(rows, dim=-1)  # a row of zeros stays one
+
+
 def _decoder_row(sae: SAE, feature: int) -> Tensor:
-    """What an activation of 1 writes, (d_out,) in fp32; the SAEs that count their rows as normed write length 1."""
+    """What an activation of 1 writes, (d_out,) in fp32."""
     if not 0 <= feature < len(sae.W_dec):
         raise NotFound(f"The SAE has no feature {feature}.", why=f"It has {len(sae.W_dec)}, counted from 0.")
-    row = sae.W_dec[feature].detach().float()
-    return row / row.norm() if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False) and row.any() else row
+    return written_rows(sae, [feature])[0]
 
 
 def matched_controls(frequency: ArrayLike, feature: int, n: int, seed: int = 0) -> list[int]:
@@ -386,6 +399,7 @@ class _Measured:
         loss[self.after] = lost.gather(1, self._targets)[:, 0].cpu()
         loss[~self.has_next] = 0.0
         kl[self.after] = lost.mul_(self._p).sum(dim=-1).clamp_min(0.0).cpu()
+        check_finite("A prediction", loss, kl)
         return loss, kl
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from mistudio_engine.api.errors import BadInput
 from mistudio_engine.saes.base import SAE
 
-__all__ = ["Block", "Runs", "rank_in_run", "run_starts", "sparse_acts", "stable_order"]
+__all__ = ["Block", "Runs", "check_finite", "rank_in_run", "run_starts", "sparse_acts", "stable_order"]
 
 _DENSE_CELLS = 1 << 24
 """Cells of a dense (tokens, d_sae) block at a time: 64 MiB in fp32."""
@@ -132,13 +132,22 @@ def sparse_acts(
     rows, features, values = (torch.cat(part).cpu() for part in zip(*found, strict=True))
     values = values.float()
     # NaN compares as "not above the threshold" and would vanish, so the input is looked at as well.
-    if not (torch.isfinite(x).all() and torch.isfinite(values).all()):
+    check_finite("An activation", x, values)
+    return rows.numpy(), features.numpy(), values.numpy()
+
+
+def check_finite(what: str, *tensors: Tensor) -> None:
+    """Refuse NaN and infinity in something that is computed from texts.
+
+    Raises:
+        BadInput: there is one.
+    """
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
         raise BadInput(
-            "An activation is NaN or infinite.",
+            f"{what} is NaN or infinite.",
             why="The model or the SAE overflowed on this text.",
             fix="Load the model with precision='fp32', or check the SAE with eval_sae.",
         )
-    return rows.numpy(), features.numpy(), values.numpy()
 
 
 def _where_true(mask: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ class _ServerEmbedder(ABC):
         """(n, dimension), each row of L2 norm 1.
 
         Raises:
-            Unreachable: it did not answer after several tries.
+            Unreachable: it did not answer after several tries, or the embedder is closed.
             BadInput: it has no such model, or refuses the key or the text.
             CorruptFile: what it answers is no vectors of one length.
         """
@@ -106,11 +106,13 @@ class _ServerEmbedder(ABC):
                         why=f"It was asked {N_TRIES} times.",
                         fix="Start the server or look at its log; or choose another embedder (set_setting).",
                     ) from None
-                # Full jitter, and never shorter than what the server asks for.
+                # Full jitter, and as long as the server asks for, within what somebody waits.
                 backoff = random.uniform(0, FIRST_BACKOFF_SECONDS * 2**attempt)
                 time.sleep(min(LONGEST_WAIT_SECONDS, max(backoff, error.after_seconds or 0.0)))
             except NoAnswer as error:
                 raise Unreachable(f"{self._where} gave no vectors: {self._redact(str(error))}.") from None
+            except RuntimeError as error:  # httpx, of a client that somebody closed
+                raise Unreachable(f"{self._where} is not asked any more.", why="The embedder was changed.") from error
         raise AssertionError("the last try returns or raises")
 
     def _checked(self, answer: Any, n_texts: int) -> NDArray[np.float64]:

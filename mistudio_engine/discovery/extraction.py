@@ -24,6 +24,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
+from mistudio_engine import __version__
 from mistudio_engine.api.errors import BadInput, Conflict, EmptyData
 from mistudio_engine.api.events import Signal
 from mistudio_engine.discovery.examples import ExamplePool
@@ -384,6 +385,7 @@ def _provenance(sae: SAE, tokens: PackedTokens) -> dict[str, Any]:
         "sae_sha256": digest.hexdigest(),
         "tokenizer_hash": tokens.info.tokenizer_hash,
         "bos_policy": tokens.info.bos_policy,
+        "mistudio": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from mistudio_engine.api.errors import BadInput, EmptyData
+from mistudio_engine.discovery.activation_block import check_finite
 from mistudio_engine.discovery.scores import Confusion, auroc, confusion
 from mistudio_engine.models.hooks import activations, check_width
 
@@ -68,7 +69,7 @@ def feature_on_texts(
 
     Raises:
         EmptyData: there are no texts, or one has no token.
-        BadInput: a text is longer than the context.
+        BadInput: a text is longer than the context, or the model overflows on it.
         UnknownHook, WrongShape: the hook is not the model's, or a width does not fit.
     """
     check_width(lm, hook_name, sae.cfg.d_in)
@@ -85,6 +86,7 @@ def feature_on_texts(
         acts = sae.feature_acts(x.to(sae.device), wanted)[..., 0].float().cpu()  # (rows, n_tokens)
         for row, each in enumerate(batch):
             counts = np.array([token not in lm.special_ids for token in encoded[each]])
+            check_finite("An activation", x[row, : len(counts)][torch.from_numpy(counts).to(x.device)])
             values = np.where(counts, acts[row, : len(counts)].numpy(), np.float32(0))
             position = int(np.argmax(np.where(counts, values, -1.0)))
             found[each] = OnText(encoded[each], values, float(values[position]), position)

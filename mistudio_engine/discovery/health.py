@@ -68,14 +68,15 @@ def findings(numbers: Mapping[str, float | None]) -> list[str]:
     """What a reader should know, in sentences; nothing where all is well.
 
     Args:
-        numbers: shares from 0 to 1, None or missing where one is not known: `dead`, `dense` and `rare` of the features,
-            `silent` of the tokens, `duplicates` of the looked-at features, `interpretability` (a median).
+        numbers: shares from 0 to 1, None or missing where one is not known: `dead` and `dense` of the features,
+            `rare` of the living ones, `silent` of the tokens, `duplicates` of the looked-at features,
+            `interpretability` (a median).
     """
     said = []
     for name, above, sentence in (
         ("dead", 0.1, "{:.0%} of the features never fired on these tokens."),
         ("dense", 0.02, "{:.1%} of the features fire on over a tenth of the tokens: they say little about any one."),
-        ("rare", 0.3, "{:.0%} of the features fired fewer than ten times: their examples are few. Use more tokens."),
+        ("rare", 0.3, "{:.0%} of the living fired fewer than ten times: their examples are few. Use more tokens."),
         ("silent", 0.05, "No feature fires on {:.0%} of the tokens."),
         (
             "duplicates",

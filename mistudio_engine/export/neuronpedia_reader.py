@@ -242,7 +242,7 @@ def check_identity(
 def fidelity(published_max: ArrayLike, our_max: ArrayLike, published_freq: ArrayLike, our_freq: ArrayLike) -> Fidelity:
     """Do published statistics rank features as ours do? All (n,); what is not known is NaN.
 
-    Ranks, because the tokens differ, and because published maxima are in units of unit decoder rows.
+    Ranks, because the tokens differ. Both maxima are for decoder rows of length 1: in other units they rank otherwise.
 
     Raises:
         BadInput: the lengths differ.

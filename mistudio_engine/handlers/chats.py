@@ -18,7 +18,7 @@ from mistudio_engine.handlers.settings import require_person, setting
 from mistudio_engine.runtime.engine import Engine
 from mistudio_engine.runtime.secrets import Secrets
 
-__all__ = ["Connection", "connection", "open_chat", "require_person_for_address"]
+__all__ = ["Connection", "budget_for", "connection", "open_chat", "require_person_for_address"]
 
 
 class Connection(NamedTuple):
@@ -94,6 +94,20 @@ def _prices(engine: Engine, provider: str, per_input: float | None, per_output: 
         missing = "price_per_million_output" if per_output is None else "price_per_million_input"
         raise BadInput(f"{missing} is missing.", why="The other price is there.", fix="Give both, or neither.")
     return None if per_input is None or per_output is None else Prices(per_input, per_output)
+
+
+def budget_for(to: Connection, max_usd: float | None, spent: float = 0.0) -> Budget:
+    """The money of a job; to be asked for when it is planned and when it runs, as prices may be taken back meanwhile.
+
+    Raises:
+        BadInput: it has a cap, and nobody has said what the model costs.
+    """
+    if max_usd is not None and to.prices is None:
+        raise BadInput(
+            f"max_usd = {max_usd:g} cannot be kept to: nobody has said what {to.id} costs.",
+            fix="Give price_per_million_input and price_per_million_output in US dollars, from the provider's page.",
+        )
+    return Budget(to.prices, max_usd, spent)
 
 
 def _key(engine: Engine, to: Connection) -> str | None:

@@ -25,11 +25,12 @@ def directions(engine: Engine, sae: SAERecord) -> NDArray[np.float32]:
     """(d_sae, d_out) unit rows of W_dec, memory-mapped; the first time they are made here, on the caller's thread."""
     folder = engine.home / "index" / "directions"
     path = folder / f"{sae.slug}-{sae.sha256[:12]}.npy"
-    with _making:
-        if not path.is_file():
-            folder.mkdir(parents=True, exist_ok=True)
-            forget_directions(engine, sae.slug)
-            write_directions(path, unit_rows(load_sae(engine.home / sae.folder).W_dec))
+    if not path.is_file():
+        with _making:  # whoever looks for those of another SAE does not wait
+            if not path.is_file():
+                folder.mkdir(parents=True, exist_ok=True)
+                forget_directions(engine, sae.slug)
+                write_directions(path, unit_rows(load_sae(engine.home / sae.folder).W_dec))
     return read_directions(path)
 
 

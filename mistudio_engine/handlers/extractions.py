@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from mistudio_engine.api.errors import BadInput, Conflict
 from mistudio_engine.api.events import Progress, Signal
@@ -26,6 +25,7 @@ from mistudio_engine.api.operations.extractions import (
     UseExtraction,
 )
 from mistudio_engine.api.records import ExtractionRecord, JobState, ModelRecord, Page, Plan, SAERecord, TokensRecord
+from mistudio_engine.discovery.ablation import written_rows
 from mistudio_engine.discovery.extraction import ExtractionSettings, Target, extract_together, working_bytes
 from mistudio_engine.discovery.extraction_store import ExtractionStore
 from mistudio_engine.discovery.interpretability import interpretability
@@ -47,7 +47,7 @@ from mistudio_engine.handlers.search_index import index_features
 from mistudio_engine.models.checkpoint import load_tokenizer
 from mistudio_engine.models.hooks import parse_hook
 from mistudio_engine.models.language_model import LanguageModel, unembedding
-from mistudio_engine.models.vocabulary import ids_that_read, special_ids
+from mistudio_engine.models.vocabulary import special_ids, token_strings
 from mistudio_engine.runtime.engine import Engine
 from mistudio_engine.runtime.files import sha256_folder
 from mistudio_engine.runtime.jobs import JobContext
@@ -75,8 +75,7 @@ def plan_extract(operation: Extract, engine: Engine) -> Planned:
         )
     _excluded_ids(engine, model, operation.exclude_tokens)
     n_tokens = min(operation.n_tokens or tokens.n_tokens, tokens.n_tokens)
-    # A failed or cancelled job may be told to try again: only a completed one has no more use for its name.
-    slug = free_slug(engine, _stem(first, n_tokens), ExtractionRecord, released={JobState.COMPLETED})
+    slug = _free_slug(engine, first, n_tokens)
     n_features = len(operation.features or []) or sum(sae.d_sae for sae in saes)
     of = first.ref if len(saes) == 1 else f"{len(saes)} SAEs in one pass"
     plan = Plan(
@@ -108,6 +107,12 @@ def _subjects(operation: Extract, engine: Engine) -> tuple[list[SAERecord], Mode
             f"{tokens.ref} was made for model/{tokens.model} and {saes[0].ref} reads {model.ref}.",
             fix="Give a dataset that was tokenised for the SAE's own model.",
         )
+    least = min(tokens.context_size, tokens.n_tokens)
+    if operation.n_tokens is not None and operation.n_tokens < least:
+        raise BadInput(
+            f"n_tokens = {operation.n_tokens} is less than one context of {tokens.ref}.",
+            fix=f"Use at least {least}, or leave it out to take all.",
+        )
     if operation.exclude_first >= tokens.context_size:
         raise BadInput(
             f"exclude_first = {operation.exclude_first} leaves nothing: a context of {tokens.ref} has "
@@ -126,9 +131,14 @@ def _excluded_ids(engine: Engine, model: ModelRecord, tokens: Sequence[str]) -> 
     if not tokens:
         return ()
     tokenizer = load_tokenizer(engine.home / model.folder)
+    vocabulary = list(tokenizer.get_vocab().values())
+    reading: dict[str, set[int]] = {}  # read once: there may be a thousand tokens to look for
+    for token_id, string in zip(vocabulary, token_strings(tokenizer, vocabulary), strict=True):
+        for text in {string, string.strip()}:
+            reading.setdefault(text, set()).add(token_id)
     found: set[int] = set()
     for token in tokens:
-        ids = ids_that_read(tokenizer, token)
+        ids = reading.get(token.strip() or token)
         if not ids:
             raise BadInput(
                 f"exclude_tokens: {model.ref} has no token {token!r}.",
@@ -140,6 +150,11 @@ def _excluded_ids(engine: Engine, model: ModelRecord, tokens: Sequence[str]) -> 
 
 def _stem(sae: SAERecord, n_tokens: int) -> str:
     return f"{sae.slug}-{n_tokens // 1000}k"
+
+
+def _free_slug(engine: Engine, sae: SAERecord, n_tokens: int) -> str:
+    # A failed or cancelled job may be told to try again: only a completed one has no more use for its name.
+    return free_slug(engine, _stem(sae, n_tokens), ExtractionRecord, released={JobState.COMPLETED})
 
 
 def _seconds(engine: Engine, saes: Sequence[SAERecord], n_tokens: int) -> float | None:
@@ -198,7 +213,10 @@ def _extract(
     saes, model, tokens = _subjects(operation, engine)
     slugs = [context.job.subject.partition("/")[2]]
     n_tokens = min(operation.n_tokens or tokens.n_tokens, tokens.n_tokens)
-    slugs += [free_slug(engine, _stem(sae, n_tokens), ExtractionRecord) for sae in saes[1:]]
+    if engine.store.exists(ExtractionRecord, slugs[0]):
+        # Made since, by a job of several SAEs, which finds its names only here: it is not ours to replace.
+        slugs = [_free_slug(engine, saes[0], n_tokens)]
+    slugs += [_free_slug(engine, sae, n_tokens) for sae in saes[1:]]
     making = [_Making(sae, slug, engine.home / "extractions" / slug) for sae, slug in zip(saes, slugs, strict=True)]
     for each in making:
         shutil.rmtree(each.folder, ignore_errors=True)  # what an attempt that was killed left
@@ -303,7 +321,7 @@ def _lens(
     site = parse_hook(sae.cfg.hook_name_out or making.sae.hook_name).site
     if site not in RESIDUAL_SITES or sae.cfg.output_width != W_U.shape[1]:
         return
-    rows = sae.W_dec[torch.from_numpy(store.indices.copy())]
+    rows = written_rows(sae, store.indices)
     lenses: list[LogitLens] = []
     gains = [None] if gain is None else [gain, None]
     for number, each in enumerate(gains):

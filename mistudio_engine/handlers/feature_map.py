@@ -37,11 +37,8 @@ EMBEDDED_AT_ONCE = 64
 def plan_map_features(operation: MapFeatures, engine: Engine) -> Planned:
     with Knowledge.of(engine, operation.sae) as known:
         indices, left_out = _mapped(known, operation.what)
-        if operation.what == "labels" and engine.embedder is None:
-            raise BadInput(
-                "There is no text embedder here, so labels cannot be laid out by their meaning.",
-                fix='Use what="decoder", or install one: pip install "mistudio[embed]".',
-            )
+        if operation.what == "labels":
+            _embedder(engine)
         plan = Plan(
             summary=f"Lay out {len(indices):,} features of {known.sae.ref} by their {operation.what} "
             f"with {operation.method}.",
@@ -49,6 +46,20 @@ def plan_map_features(operation: MapFeatures, engine: Engine) -> Planned:
             details={"n_features": len(indices), "n_left_out": left_out},
         )
         return Planned(plan, subject=known.sae.ref)
+
+
+def _embedder(engine: Engine) -> Any:
+    """What makes vectors of labels.
+
+    Raises:
+        BadInput: there is none; a job may find that its setting was changed meanwhile.
+    """
+    if engine.embedder is None:
+        raise BadInput(
+            "There is no text embedder here, so labels cannot be laid out by their meaning.",
+            fix='Use what="decoder", or install one: pip install "mistudio[embed]".',
+        )
+    return engine.embedder
 
 
 def _mapped(known: Knowledge, what: str) -> tuple[list[int], int]:
@@ -79,8 +90,9 @@ def run_map_features(
             yield Progress(stage="reading decoder directions")
             vectors = _decoder_rows(engine, operation.sae, indices)
         else:
-            vectors = yield from _label_vectors(engine, known, indices)
-            settings["embedder"] = engine.embedder.id
+            embedder = _embedder(engine)
+            vectors = yield from _label_vectors(engine, embedder, known, indices)
+            settings["embedder"] = embedder.id
         path = context.folder / "vectors.npy"
         np.save(path, vectors, allow_pickle=False)
         shape = (operation.method, operation.n_neighbors, operation.min_dist, operation.seed)
@@ -115,10 +127,9 @@ def _decoder_rows(engine: Engine, sae: str, indices: list[int]) -> NDArray[np.fl
 
 
 def _label_vectors(
-    engine: Engine, known: Knowledge, indices: list[int]
+    engine: Engine, embedder: Any, known: Knowledge, indices: list[int]
 ) -> Generator[Progress, Signal, NDArray[np.float32]]:
     """Vectors of the features' labels, from the records or made now and recorded."""
-    embedder = engine.embedder
     labels = (known.labels[index] for index in indices)
     texts = [label_text({"label": label.label, "category": label.category}) for label in labels]
     stored = dict(zip(texts, engine.store.embeddings(embedder.id, texts), strict=True))

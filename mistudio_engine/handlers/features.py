@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow.compute as pc
@@ -28,7 +28,7 @@ from mistudio_engine.api.features import (
 from mistudio_engine.api.operations.ablation import ShowAblation
 from mistudio_engine.api.operations.analysis import ShowAnalysis
 from mistudio_engine.api.operations.features import FeaturesOnText, GetFeature, Neighbours, SearchFeatures
-from mistudio_engine.api.records import SAERecord
+from mistudio_engine.api.records import ExtractionRecord, SAERecord
 from mistudio_engine.api.refs import FeatureKey, feature_of
 from mistudio_engine.discovery.extraction_store import DENSE_ABOVE, FEATURES_FILE
 from mistudio_engine.discovery.neighbours import cosines, extremes, logit_cosines, logit_effect, read_effects
@@ -71,7 +71,27 @@ def search_features(operation: SearchFeatures, engine: Engine) -> FeaturePage:
         raise EmptyData(
             f"Mode {operation.mode} needs {what}.", fix="Give it, or leave the mode out to list all features."
         )
-    return _page(hits, engine, note)
+    notes = (note, _on_dense(hits), _on_unindexed(operation, engine))
+    return _page(hits, engine, " ".join(note for note in notes if note))
+
+
+def _on_dense(hits: FeatureHits) -> str:
+    """A note on hidden features that would stand at the top."""
+    refs = ", ".join(FeatureKey(hit.sae, hit.index).ref for hit in hits.dense_best)
+    return f"Hidden as dense, but among the three best matches: {refs}. include_dense shows them." if refs else ""
+
+
+def _on_unindexed(operation: SearchFeatures, engine: Engine) -> str:
+    """A note on features that no search finds yet, or never did since their indexing was cancelled."""
+    assert engine.index is not None
+    snapshot, said = engine.index.snapshot(), []
+    n_features = {each.slug: each.n_features for each in engine.store.all(ExtractionRecord)}
+    for sae in _saes(operation, engine):
+        wanted = n_features.get(sae.extraction or "", 0)
+        n_indexed = snapshot.n_of_extraction.get((sae.slug, sae.extraction or ""), 0)
+        if n_indexed < wanted:
+            said.append(f"Only {n_indexed} of the {wanted} features of extraction/{sae.extraction} are in the index.")
+    return f"{' '.join(said)} Wait for its job; if none runs, call use_extraction." if said else ""
 
 
 def _ranked(
@@ -114,17 +134,7 @@ def _asked(operation: SearchFeatures, engine: Engine, query: str) -> tuple[Featu
     if operation.mode == "decoder":
         raise BadInput("Directions are compared with a feature's and not with words.", fix="Give like, and no query.")
     if operation.mode in ("token", "promotes", "suppresses"):
-        find = _on_token if operation.mode == "token" else _on_logits
-        saes, scores = _saes(operation, engine), {}
-        for sae in saes:
-            with Knowledge(engine, sae) as known:
-                found = find(known, query, operation.mode)
-            if found is not None:
-                scores[sae.slug] = found
-        # With another extraction the numbers are others: its name is part of what was asked.
-        asked = "|".join([query, *(f"{sae.slug}={sae.extraction}" for sae in saes)])
-        scores = _as_shares(scores) if operation.mode != "token" else scores
-        return _ranked(operation, engine, partial(given, scores=scores), mode=operation.mode, asked=asked), ""
+        return _by_tokens(operation, engine, query)
     assert engine.index is not None
     embedded = embed_query(engine, query) if operation.mode != "text" else None
     vector = embedded.vector if embedded else None
@@ -143,49 +153,94 @@ def _asked(operation: SearchFeatures, engine: Engine, query: str) -> tuple[Featu
     return hits, f"Only words were compared. {reason}" if reason else ""
 
 
+def _by_tokens(operation: SearchFeatures, engine: Engine, query: str) -> tuple[FeatureHits, str]:
+    """Features by what they do on tokens, or to their logits, and a note on what is no token."""
+    find = _on_token if operation.mode == "token" else _on_logits
+    saes, scores, read, notes = _saes(operation, engine), {}, {}, []
+    for sae in saes:
+        with Knowledge(engine, sae) as known:
+            model = known.record.model
+            if model not in read:  # which takes a while: the vocabulary is gone through
+                read[model] = _read_tokens(known.tokenizer, query, several=operation.mode != "token")
+                if missing := ", ".join(map(repr, read[model].missing)):
+                    notes.append(f"Not looked for, as it is no single token of model/{model}: {missing}.")
+            if not read[model].ids:
+                continue
+            found = find(known, read[model], operation.mode)
+        if found is None:
+            notes.append(f"{sae.ref} has no logit effects, as it does not write into the residual stream.")
+        else:
+            scores[sae.slug] = found
+    # With another extraction the numbers are others: its name is part of what was asked.
+    asked = "|".join([query, *(f"{sae.slug}={sae.extraction}" for sae in saes)])
+    scores = _as_shares(scores) if operation.mode != "token" else scores
+    return _ranked(operation, engine, partial(given, scores=scores), mode=operation.mode, asked=asked), " ".join(notes)
+
+
+class _Tokens(NamedTuple):
+    """What a query is to a tokenizer."""
+
+    named: str
+    """The tokens as they are said in an answer."""
+
+    ids: list[set[int]]
+    """Those that read as each token."""
+
+    missing: list[str]
+    """What of the query is no single token."""
+
+
+def _read_tokens(tokenizer: Any, query: str, *, several: bool) -> _Tokens:
+    whole = ids_that_read(tokenizer, query)
+    if whole or not several:
+        return _Tokens(repr(query), [whole] if whole else [], [] if whole else [query])
+    read = {text: ids_that_read(tokenizer, text) for text in query.split()[:QUERY_TOKENS]}
+    named = repr(" ".join(text for text, ids in read.items() if ids))
+    return _Tokens(named, [ids for ids in read.values() if ids], [text for text, ids in read.items() if not ids])
+
+
 def _saes(operation: SearchFeatures, engine: Engine) -> list[SAERecord]:
     if operation.sae is not None:
         return [engine.store.get(SAERecord, operation.sae)]
     return [sae for sae in engine.store.all(SAERecord) if sae.extraction is not None]
 
 
-def _on_token(known: Knowledge, query: str, _: str) -> Scores | None:
+def _on_token(known: Knowledge, tokens: _Tokens, _: str) -> Scores:
     """Features among whose top tokens the token is, by the share of their activations that is on it."""
-    ids = ids_that_read(known.tokenizer, query)
-    if not ids:
-        return None
     columns = ["feature", "n_active", "token_ids", "token_counts"]
     table = pq.read_table(known.folder / DATA_FOLDER / FEATURES_FILE, columns=columns)
     parents = pc.list_parent_indices(table["token_ids"]).to_numpy()  # type: ignore[attr-defined]
     flat_ids = pc.list_flatten(table["token_ids"]).to_numpy()  # type: ignore[attr-defined]
     counts = pc.list_flatten(table["token_counts"]).to_numpy()  # type: ignore[attr-defined]
-    on_token = np.bincount(parents, weights=np.where(np.isin(flat_ids, list(ids)), counts, 0), minlength=len(table))
+    on_token = np.bincount(
+        parents, weights=np.where(np.isin(flat_ids, list(tokens.ids[0])), counts, 0), minlength=len(table)
+    )
     rows = np.flatnonzero(on_token)
     n_active, on_token = table["n_active"].to_numpy()[rows], on_token[rows]
 
     def why(at: int) -> str:
-        return f"{on_token[at]:.0f} of its {n_active[at]} activations are on {query!r}"
+        return f"{on_token[at]:.0f} of its {n_active[at]} activations are on {tokens.named}"
 
     return Scores(table["feature"].to_numpy()[rows], np.minimum(on_token / n_active, 1.0), why)
 
 
-def _on_logits(known: Knowledge, query: str, mode: str) -> Scores | None:
-    """Features among whose strongest logit effects the tokens are, by the sum of those effects."""
+def _on_logits(known: Knowledge, tokens: _Tokens, mode: str) -> Scores | None:
+    """Features among whose strongest logit effects the tokens are, by the sum of those effects; None where none are
+    kept.
+    """
     path = known.folder / LOGITS_FILE
-    texts = [query] if ids_that_read(known.tokenizer, query) else query.split()[:QUERY_TOKENS]
-    tokens = [ids for text in texts if (ids := ids_that_read(known.tokenizer, text))]
-    if not tokens or not path.exists():
+    if not path.exists():
         return None
     effects = read_effects(path)
     if mode == "promotes":
-        effect = logit_effect(effects.promoted_ids, effects.promoted_values, tokens)
+        effect = logit_effect(effects.promoted_ids, effects.promoted_values, tokens.ids)
     else:
-        effect = logit_effect(effects.suppressed_ids, -effects.suppressed_values, tokens)
+        effect = logit_effect(effects.suppressed_ids, -effects.suppressed_values, tokens.ids)
     rows = np.flatnonzero(effect)
     values = effect[rows]
     verb = "raises" if mode == "promotes" else "lowers"
     return Scores(
-        known.extraction.indices[rows], values, lambda at: f"{verb} the logits of {query!r} by {values[at]:.2f}"
+        known.extraction.indices[rows], values, lambda at: f"{verb} the logits of {tokens.named} by {values[at]:.2f}"
     )
 
 

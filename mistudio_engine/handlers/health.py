@@ -37,7 +37,8 @@ def show_health(operation: ShowHealth, engine: Engine) -> DictionaryHealth:
             "dead": 1 - record.n_alive / n,
             "dense": record.n_dense / n,
             "rare": n_rare / max(record.n_alive, 1),
-            "silent": record.l0.get("silent"),
+            # Of a selection it says nothing: other features may fire there.
+            "silent": record.l0.get("silent") if record.n_features == known.sae.d_sae else None,
             "duplicates": n_near / len(duplicates.cosine) if len(duplicates.cosine) else None,
             "interpretability": interpretability["p50"] if interpretability else None,
         }

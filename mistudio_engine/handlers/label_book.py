@@ -52,7 +52,7 @@ class LabelBook:
 
     def __init__(self, operation: LabelFeatures, engine: Engine, context: JobContext, known: Knowledge) -> None:
         self._engine, self._sae, self._author = engine, operation.sae, f"job:{context.job.slug}"
-        self._attempts: dict[int, Finding] = {}
+        self._n_prompt_before = self._n_completion_before = 0
         self.failures: Counter[str] = Counter()
         self._samples: list[dict[str, Any]] = []
         self.n_labelled = self.n_kept = 0
@@ -60,7 +60,7 @@ class LabelBook:
         for index in asked_for(operation, known):
             label, before = known.labels.get(index), self._before(index)
             if before is not None:
-                self._attempts[index] = before
+                self._count(before)
             if label is not None and label.author == self._author:
                 self.n_labelled += 1  # by this job before the engine was killed
                 self._samples = _best([*self._samples, _sample(label)])
@@ -80,10 +80,15 @@ class LabelBook:
         found = self._engine.store.findings(self._sae, index, "attempt")
         return next((each for each in found if each.author == self._author), None)
 
-    def usd_before(self, prices: Prices) -> float:
-        """What this job had spent before the engine was killed."""
-        tries = [each for attempt in self._attempts.values() for each in attempt.body.get("tries", [])]
-        return sum(prices.usd(each.get("n_prompt_tokens", 0), each.get("n_completion_tokens", 0)) for each in tries)
+    def _count(self, attempt: Finding) -> None:
+        # The numbers alone: with their prompts the attempts of a large dictionary take hundreds of megabytes.
+        for each in attempt.body.get("tries", []):
+            self._n_prompt_before += each.get("n_prompt_tokens", 0)
+            self._n_completion_before += each.get("n_completion_tokens", 0)
+
+    def usd_before(self, prices: Prices | None) -> float:
+        """What this job had spent before the engine was killed; 0 where nobody has said the prices."""
+        return prices.usd(self._n_prompt_before, self._n_completion_before) if prices else 0.0
 
     def enter(self, outcome: Label | LabelFailure) -> None:
         """Take note of an outcome; it is written with the next ones."""
@@ -145,8 +150,9 @@ class LabelBook:
     def close(self) -> None:
         """Write down everything that came."""
         self.keep(now=True)
-        n_labelled = len(self._engine.store.labels(self._sae))
-        self._engine.store.update(SAERecord, self._sae, n_labelled=n_labelled)
+        with self._engine.store.transaction():  # nobody labels between the count and the record
+            n_labelled = len(self._engine.store.labels(self._sae))
+            self._engine.store.update(SAERecord, self._sae, n_labelled=n_labelled)
 
     def report(self, method: str) -> LabellingReport:
         """The end of it."""

@@ -18,7 +18,7 @@ from mistudio_engine.discovery.labelling.labeller import Labeller, gather_eviden
 from mistudio_engine.discovery.labelling.llm import LLMLabeller
 from mistudio_engine.discovery.labelling.prompts import SYSTEM_MESSAGE, USER_PROMPT, Notes, Place, Prompt
 from mistudio_engine.discovery.labelling.token_pattern import TokenPatternLabeller
-from mistudio_engine.handlers.chats import Connection, connection, open_chat, require_person_for_address
+from mistudio_engine.handlers.chats import Connection, budget_for, connection, open_chat, require_person_for_address
 from mistudio_engine.handlers.knowledge import DERIVED_FOLDER, Knowledge
 from mistudio_engine.handlers.label_book import LabelBook, asked_for, stays
 from mistudio_engine.handlers.registry import Planned, handles, plans, runs
@@ -77,11 +77,7 @@ def _plan_token_pattern(operation: LabelFeatures, known: Knowledge) -> Plan:
 
 def _plan_llm(operation: LabelFeatures, engine: Engine, known: Knowledge) -> Plan:
     to = _connection(operation, engine)
-    if operation.max_usd is not None and to.prices is None:
-        raise BadInput(
-            f"max_usd = {operation.max_usd:g} cannot be kept to: nobody has said what {to.id} costs.",
-            fix="Give price_per_million_input and price_per_million_output in US dollars, from the provider's page.",
-        )
+    budget_for(to, operation.max_usd)
     wanted = [index for index in asked_for(operation, known) if not stays(operation, known.labels.get(index))]
     prompt, notes = _prompt(operation, known), _notes(known)
     sample = wanted[:: max(1, len(wanted) // PLANNED_PROMPTS)][:PLANNED_PROMPTS]
@@ -139,7 +135,7 @@ def run_label_features(
     with Knowledge.of(engine, operation.sae) as known:
         book = LabelBook(operation, engine, context, known)
         to = None if _provider(operation, engine) == "token_pattern" else _connection(operation, engine)
-        budget = Budget(to.prices, operation.max_usd, book.usd_before(to.prices)) if to and to.prices else Budget()
+        budget = Budget() if to is None else budget_for(to, operation.max_usd, book.usd_before(to.prices))
         if to is None:
             labeller: Labeller = _token_pattern(known)
         else:
@@ -217,26 +213,27 @@ def _notes(known: Knowledge) -> Callable[[int], Notes]:
 @handles(SetLabel)
 def set_label(operation: SetLabel, engine: Engine) -> LabelRecord:
     key = feature_of(operation.feature)
-    sae = engine.store.get(SAERecord, key.sae)
-    if key.index >= sae.d_sae:
-        raise BadInput(
-            f"{sae.ref} has no feature {key.index}.",
-            why=f"Its features are 0 to {sae.d_sae - 1}.",
-            fix="Use one of them.",
-        )
-    written = engine.store.add_label(
-        LabelRecord(
-            sae=key.sae,
-            index=key.index,
-            label=operation.label,
-            category=operation.category,
-            author=caller(),
-            evidence=operation.evidence,
-        )
+    label = LabelRecord(
+        sae=key.sae,
+        index=key.index,
+        label=operation.label,
+        category=operation.category,
+        author=caller(),
+        evidence=operation.evidence,
     )
-    if written is None:
-        raise Conflict(f"{key.ref} has a label that {caller()} may not replace.", fix="Ask a person to change it.")
-    engine.store.update(SAERecord, key.sae, n_labelled=len(engine.store.labels(key.sae)))
+    with engine.store.transaction():
+        sae = engine.store.get(SAERecord, key.sae)
+        if key.index >= sae.d_sae:
+            raise BadInput(
+                f"{sae.ref} has no feature {key.index}.",
+                why=f"Its features are 0 to {sae.d_sae - 1}.",
+                fix="Use one of them.",
+            )
+        written = engine.store.add_label(label)
+        if written is None:
+            raise Conflict(f"{key.ref} has a label that {caller()} may not replace.", fix="Ask a person to change it.")
+        if written.version == 1:  # counting them all would take as long as there are labels
+            engine.store.update(SAERecord, key.sae, n_labelled=sae.n_labelled + 1)
     engine.bus.publish(f"saes/{key.sae}", "label", written.model_dump(mode="json"))
     update_rows(engine, key.sae, [key.index])
     return written

@@ -26,6 +26,7 @@ from mistudio_engine.api.operations.published import ImportLabels, ShowPublished
 from mistudio_engine.api.published import Fidelity, ImportReport, Published, PublishedExample, PublishedFeature
 from mistudio_engine.api.records import LabelRecord, ModelRecord, Plan, SAERecord
 from mistudio_engine.api.refs import FeatureKey
+from mistudio_engine.discovery.ablation import written_rows
 from mistudio_engine.export import neuronpedia_reader as reader
 from mistudio_engine.export.neuronpedia_reader import FileName, Identity, PublishedExplanation, Refused
 from mistudio_engine.handlers.knowledge import Knowledge
@@ -35,6 +36,7 @@ from mistudio_engine.runtime.bucket import Bucket, BucketFile
 from mistudio_engine.runtime.engine import Engine, caller
 from mistudio_engine.runtime.files import atomic_folder, require_free, slugify, write_atomic
 from mistudio_engine.runtime.jobs import JobContext
+from mistudio_engine.saes import load_sae
 
 NEURONPEDIA = "https://neuronpedia-datasets.s3.us-east-1.amazonaws.com"
 """The bucket of its public data set; everything lies below v1/."""
@@ -49,7 +51,7 @@ FOLDER, INFO_FILE, FEATURES_FILE = "derived/published_examples", "published.json
 STATE_FILE = "state.json"
 
 ROWS_AT_ONCE = 1024
-"""Lines to a step, and examples to a row group."""
+"""Lines to a step, and examples to a row group at most."""
 
 LABELS_AT_ONCE = 64
 FEATURES_A_FILE = 1024
@@ -341,27 +343,30 @@ class _Import:
 
         def tables() -> Iterator[pa.Table]:
             rows: list[dict[str, Any]] = []
-            for share, row in self._usable(reader.read_examples(path)):
+            for n, (share, row) in enumerate(self._usable(reader.read_examples(path)), start=1):
                 shares.append(share)
-                if row is None:
-                    continue
-                per_feature[row.index] += 1
-                if per_feature[row.index] > MAX_EXAMPLES:
-                    self._refused[f"more than {MAX_EXAMPLES} examples of a feature"] += 1
-                    continue
-                rows.append({column: getattr(row, column) for column in EXAMPLES_SCHEMA.names})
-                self._counts["examples"] += 1
-                if len(rows) == ROWS_AT_ONCE:
+                if row is not None:
+                    per_feature[row.index] += 1
+                    if per_feature[row.index] <= MAX_EXAMPLES:
+                        rows.append({column: getattr(row, column) for column in EXAMPLES_SCHEMA.names})
+                        self._counts["examples"] += 1
+                    else:
+                        self._refused[f"more than {MAX_EXAMPLES} examples of a feature"] += 1
+                if n % ROWS_AT_ONCE == 0:  # also where few rows are wanted: whoever cancels waits for this
                     yield pa.Table.from_pylist(rows, schema=EXAMPLES_SCHEMA)
                     rows = []
             yield pa.Table.from_pylist(rows, schema=EXAMPLES_SCHEMA)
 
         part = self._piece(name).with_suffix(".part")
-        with pq.ParquetWriter(part, EXAMPLES_SCHEMA) as writer:
-            for table in tables():
-                writer.write_table(table)
-                yield shares[-1] if shares else 1.0
-        part.rename(self._piece(name))
+        try:
+            with pq.ParquetWriter(part, EXAMPLES_SCHEMA) as writer:
+                for table in tables():
+                    if len(table):
+                        writer.write_table(table)
+                    yield shares[-1] if shares else 1.0
+            part.rename(self._piece(name))
+        finally:
+            part.unlink(missing_ok=True)
 
     def _piece(self, name: FileName) -> Path:
         return self.folder / f"{name.kind}-{name.batch}.parquet"
@@ -406,9 +411,12 @@ class _Import:
         _, first = np.unique(columns["index"], return_index=True)  # a feature may be listed twice
         columns = {name: values[first] for name, values in columns.items()}
         _, mine, theirs = np.intersect1d(ours.indices, columns["index"], return_indices=True)
+        # Published maxima are for decoder rows of length 1; ours are for the rows that there are.
+        sae = load_sae(self.engine.home / self.known.sae.folder)
+        lengths = written_rows(sae, ours.indices[mine]).norm(dim=-1).numpy()
         found = reader.fidelity(
             columns["max"][theirs].astype(float),
-            ours.max[mine],
+            ours.max[mine] * lengths,
             columns["frequency"][theirs].astype(float),
             ours.frequency[mine],
         )
@@ -434,10 +442,13 @@ def _check(
 
 def _write_parquet(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> None:
     part = path.with_suffix(".part")
-    with pq.ParquetWriter(part, schema) as writer:
-        for table in tables:
-            writer.write_table(table)
-    part.rename(path)
+    try:
+        with pq.ParquetWriter(part, schema) as writer:
+            for table in tables:
+                writer.write_table(table)
+        part.rename(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 @handles(ShowPublished)

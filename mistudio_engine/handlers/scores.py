@@ -26,7 +26,7 @@ from mistudio_engine.discovery.labelling.passages import Passage
 from mistudio_engine.discovery.labelling.rule_judge import RuleJudge
 from mistudio_engine.discovery.labelling.scoring import OTHER_LABEL, TOP_TOKEN, Case, Judged, method_score
 from mistudio_engine.discovery.labelling.token_pattern import TokenPatternLabeller
-from mistudio_engine.handlers.chats import Connection, connection, open_chat, require_person_for_address
+from mistudio_engine.handlers.chats import Connection, budget_for, connection, open_chat, require_person_for_address
 from mistudio_engine.handlers.knowledge import Knowledge
 from mistudio_engine.handlers.registry import Planned, plans, runs
 from mistudio_engine.handlers.resources import fitting_model, language_model, open_tokens, sparse_autoencoder
@@ -151,11 +151,7 @@ def _plan_by_rule(operation: ScoreLabels, known: Knowledge, wanted: list[int]) -
 
 def _plan_llm(operation: ScoreLabels, engine: Engine, known: Knowledge, wanted: list[int]) -> Plan:
     to = _connection(operation, engine)
-    if operation.max_usd is not None and to.prices is None:
-        raise BadInput(
-            f"max_usd = {operation.max_usd:g} cannot be kept to: nobody has said what {to.id} costs.",
-            fix="Give price_per_million_input and price_per_million_output in US dollars, from the provider's page.",
-        )
+    budget_for(to, operation.max_usd)
     n_items = 2 * operation.n
     n_claims = 3  # the label, another feature's, the top token
     n_each, n_prompt = 0, 0.0
@@ -205,7 +201,7 @@ def run_score_labels(
     with Knowledge.of(engine, operation.sae) as known:
         book = _Book(operation, engine, context, known)
         to = None if operation.provider == RULE else _connection(operation, engine)
-        budget = Budget(to.prices, operation.max_usd, book.usd(to.prices)) if to and to.prices else Budget()
+        budget = Budget() if to is None else budget_for(to, operation.max_usd, book.usd(to.prices))
         signal = Signal.GO
         if book.wanted:
             desk = yield from _open_desk(operation, engine, known)
@@ -389,8 +385,10 @@ class _Book:
     def n_left(self) -> int:
         return self._n_wanted - self._n_done
 
-    def usd(self, prices: Prices) -> float:
-        """What the scores that there are have cost."""
+    def usd(self, prices: Prices | None) -> float:
+        """What the scores that there are have cost; 0 where nobody has said the prices."""
+        if prices is None:
+            return 0.0
         every = [score for scores in self.scores.values() for score in scores.values()]
         return sum(prices.usd(score.n_prompt_tokens, score.n_completion_tokens) for score in every)
 

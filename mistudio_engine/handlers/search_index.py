@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import pyarrow as pa
 
 from mistudio_engine.api.errors import MistudioError
 from mistudio_engine.api.events import Progress, Signal
@@ -27,6 +28,7 @@ from mistudio_engine.discovery.embedding_servers import OllamaEmbedder, OpenAIEm
 from mistudio_engine.handlers.embedders import is_slow, open_embedder
 from mistudio_engine.handlers.knowledge import Knowledge
 from mistudio_engine.handlers.search_rows import SearchRows, example_text, label_text
+from mistudio_engine.handlers.settings import setting
 from mistudio_engine.runtime.engine import Engine
 from mistudio_engine.runtime.index import FeatureIndex, OtherEmbedder
 
@@ -63,8 +65,8 @@ class QueryVector(NamedTuple):
 class _Choice:
     """Which embedder an engine was told to use, and how far that is."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, address: str | None) -> None:
+        self.name, self.address = name, address
         self.reason = ""
         """Why there is none."""
 
@@ -80,13 +82,20 @@ class _Choice:
 
         self.asking = ThreadPoolExecutor(max_workers=4, thread_name_prefix="mistudio-embed")
 
+        self.writing = threading.Lock()
+        """Held while rows are compared with the records and written, so that what was made last is not what counts."""
+
+    @property
+    def failed_lately(self) -> bool:
+        return self.failed_at is not None and time.monotonic() - self.failed_at < RETRY_SECONDS
+
 
 _choices: WeakKeyDictionary[Engine, _Choice] = WeakKeyDictionary()
 
 
 def open_index(engine: Engine) -> None:
     """Find the embedder and open the index that belongs to it; called once, on the compute thread."""
-    choice = _choices[engine] = _Choice(_wanted(engine))
+    choice = _choices[engine] = _Choice(*_wanted(engine))
     folder = engine.home / "index"
     embedder, dimension = None, None
     if is_slow(choice.name):
@@ -101,8 +110,11 @@ def open_index(engine: Engine) -> None:
         _change(engine, choice)
 
 
-def _wanted(engine: Engine) -> str:
-    return engine.store.get_setting("embedder") or "auto"
+def _wanted(engine: Engine) -> tuple[str, str | None]:
+    """The embedder that is set, and where it is, if it is a server."""
+    name = setting(engine, "embedder")
+    kind = name.partition(":")[0]
+    return name, setting(engine, f"{kind}_base_url") if kind in ("openai", "ollama") else None
 
 
 def _opened(engine: Engine, name: str) -> tuple[Embedder | None, str]:
@@ -123,18 +135,21 @@ def settle(engine: Engine, seconds: float = 60.0) -> None:
 
 
 def _follow(engine: Engine) -> _Choice:
-    """Change the embedder, in the background, when the setting has changed or the last try was some time ago."""
+    """Change the embedder, in the background, when the setting has changed, when it failed some time ago, or when rows
+    lack vectors that it makes by now.
+    """
     choice, wanted = _choices[engine], _wanted(engine)
     with choice.lock:
-        again = choice.failed_at is not None and time.monotonic() - choice.failed_at > RETRY_SECONDS
-        if choice.thread is None and (wanted != choice.name or again):
-            choice.name = wanted
+        changed = wanted != (choice.name, choice.address)
+        again = choice.failed_at is not None or (choice.missed and engine.embedder is not None)
+        if choice.thread is None and (changed or (again and not choice.failed_lately)):
+            choice.name, choice.address = wanted
             _change(engine, choice)
     return choice
 
 
 def _change(engine: Engine, choice: _Choice) -> None:
-    choice.reason = f"The index is being made for the embedder {choice.name}."
+    choice.reason, choice.failed_at = f"The index is being made for the embedder {choice.name}.", None
     choice.thread = threading.Thread(target=_changing, args=(engine, choice), name="mistudio-embedder", daemon=True)
     choice.thread.start()
 
@@ -170,13 +185,37 @@ def _changing(engine: Engine, choice: _Choice) -> None:
 
 def _all_rows(engine: Engine) -> Iterator[Any]:
     """Every row anew, from the records; embeddings come from there, too."""
+    choice, index = _choices[engine], engine.index
+    assert index is not None
     for sae in engine.store.all(SAERecord):
-        if sae.extraction is None:
-            continue
+        for some in _plain_rows(engine, sae):
+            if threading.current_thread() is choice.thread:
+                yield from _with_vectors(engine, engine.embedder, some)  # whose failure is seen to there
+            else:
+                yield from _embedded(engine, some, _fitting(engine))
+
+
+def _plain_rows(engine: Engine, sae: SAERecord) -> Iterator[list[dict[str, Any]]]:
+    """An SAE's rows without vectors, some at a time; none from where its files cannot be read.
+
+    One SAE that is damaged must not keep the others from being found. Whoever reads its features is told.
+    """
+    if sae.extraction is None:
+        return
+    try:
         with Knowledge(engine, sae) as known:
             rows = SearchRows(known)
             for some in _batches(known.extraction.indices.tolist(), EMBEDDED_AT_ONCE):
-                yield from _with_vectors(engine, engine.embedder, rows.of(some))
+                yield rows.of(some)
+    except (MistudioError, OSError, pa.ArrowException) as error:
+        log.warning("features of %s are missing in the search index: %s", sae.ref, error)
+
+
+def _fitting(engine: Engine) -> Embedder | None:
+    """The embedder, if the index has its vectors or is being made for them."""
+    embedder, index = engine.embedder, engine.index
+    assert index is not None
+    return embedder if embedder is not None and embedder.id == index.target[0] else None
 
 
 def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -232,8 +271,10 @@ def index_features(
             for part in _batches(some, EMBEDDED_AT_ONCE):
                 made += yield from _waited(pool.submit(_made, engine, rows, part), n_done / len(everything))
                 n_done += len(part)
-            yield from _waited(pool.submit(_put, engine, made), n_done / len(everything))
-        yield from _waited(pool.submit(index.delete_sae, known.sae.slug, but=known.record.slug), 1.0)
+            is_current = yield from _waited(pool.submit(_put, engine, known, made), n_done / len(everything))
+            if not is_current:
+                return n_done  # whoever chose the other extraction indexes that
+        yield from _waited(pool.submit(_drop_others, engine, known), 1.0)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # whoever cancels does not wait for a server's answer
     return len(everything)
@@ -254,17 +295,28 @@ def update_rows(engine: Engine, slug: str, indices: Iterable[int]) -> None:
         covered = set(known.extraction.indices.tolist())
         wanted = [index for index in indices if index in covered]
         if wanted:
-            _put(engine, _made(engine, SearchRows(known), wanted))
+            _put(engine, known, _made(engine, SearchRows(known), wanted))
 
 
 def _made(engine: Engine, rows: SearchRows, indices: list[int]) -> list[dict[str, Any]]:
-    """Rows with vectors, or without where the embedder fails: they get theirs when it works again."""
-    choice, embedder, plain = _choices[engine], engine.embedder, rows.of(indices)
+    """Rows with vectors, or without where the embedder fails."""
+    return _embedded(engine, rows.of(indices), engine.embedder)
+
+
+def _embedded(engine: Engine, rows: list[dict[str, Any]], embedder: Embedder | None) -> list[dict[str, Any]]:
+    """The rows with vectors, or without where the embedder fails or has just failed: they get theirs when it works
+    again.
+    """
+    choice = _choices[engine]
+    if choice.failed_lately:
+        embedder = None  # each try may last a minute
     try:
-        made = _with_vectors(engine, embedder, plain)
+        made = _with_vectors(engine, embedder, rows)
     except MistudioError as error:
+        if embedder is not engine.embedder:
+            return _embedded(engine, rows, _fitting(engine))  # it was changed meanwhile, and closed
         log.warning("features are indexed without their meaning: %s", error)
-        made, embedder = _with_vectors(engine, None, plain), None
+        made, embedder = _with_vectors(engine, None, rows), None
         choice.failed_at = time.monotonic()
     choice.missed |= embedder is None and is_slow(choice.name)
     for row in made:
@@ -272,23 +324,41 @@ def _made(engine: Engine, rows: SearchRows, indices: list[int]) -> list[dict[str
     return made
 
 
-def _put(engine: Engine, rows: list[dict[str, Any]]) -> None:
-    """Write rows into the index."""
-    index = engine.index
+def _put(engine: Engine, known: Knowledge, rows: list[dict[str, Any]]) -> bool:
+    """Write rows into the index; False, and nothing is written, where another extraction was chosen since.
+
+    Those of features that were labelled or scored since are made again: they were made from what `known` knows.
+    """
+    index, store, slug = engine.index, engine.store, known.sae.slug
     assert index is not None
-    while True:
-        target, _ = index.target
-        for row in rows:
-            if row["embedder"] not in (None, target):  # the embedder was changed while they were made
-                current = engine.embedder
-                fitting = current if current is not None and current.id == target else None
-                _with_vectors(engine, fitting, [row])
-                row["embedder"] = fitting.id if fitting else None
-        try:
-            index.upsert(rows, embedder=target)  # type: ignore[arg-type]
-        except OtherEmbedder:
-            continue
-        return
+    with _choices[engine].writing, Knowledge.of(engine, slug) as now:
+        if now.sae.extraction != known.sae.extraction:
+            return False
+        late = [each["index"] for each in rows if store.label(slug, each["index"]) != known.labels.get(each["index"])]
+        if late:
+            again = {row["index"]: row for row in _made(engine, SearchRows(now), late)}
+            rows = [again.get(row["index"], row) for row in rows]
+        while True:
+            target, _ = index.target
+            for row in rows:
+                if row["embedder"] not in (None, target):  # the embedder was changed while they were made
+                    fitting = _fitting(engine)
+                    _with_vectors(engine, fitting, [row])
+                    row["embedder"] = fitting.id if fitting else None
+            try:
+                index.upsert(rows, embedder=target)  # type: ignore[arg-type]
+            except OtherEmbedder:
+                continue
+            return True
+
+
+def _drop_others(engine: Engine, known: Knowledge) -> None:
+    """Remove what the index has of the SAE's other extractions."""
+    index, slug = engine.index, known.sae.slug
+    assert index is not None
+    with _choices[engine].writing:
+        if engine.store.get(SAERecord, slug).extraction == known.record.slug:
+            index.delete_sae(slug, but=known.record.slug)
 
 
 def embed_query(engine: Engine, query: str) -> QueryVector:
@@ -307,4 +377,5 @@ def embed_query(engine: Engine, query: str) -> QueryVector:
     try:
         return QueryVector(np.frombuffer(asked.result()[query], np.float32))
     except MistudioError as error:
+        choice.failed_at = time.monotonic()  # it is opened again by and by, with the address and key of then
         return QueryVector(None, error.what)

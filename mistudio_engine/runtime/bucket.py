@@ -52,9 +52,9 @@ class Bucket:
         except ValueError:
             parts, host = urlsplit(""), None
         secure = parts.scheme == "https" or (parts.scheme == "http" and host in LOOPBACK)
-        if not host or not secure or parts.username or parts.query or parts.fragment:
+        if not host or not secure or "@" in parts.netloc or parts.query or parts.fragment:
             raise BadInput(
-                f"{base_url[:100]!r} is not the address of a bucket.",
+                f"{base_url.rpartition('@')[2][:100]!r} is not the address of a bucket.",  # a password is not repeated
                 fix="Give https://HOST or https://HOST/PATH, without a name, password or query.",
             )
         self.base_url = base_url.rstrip("/")

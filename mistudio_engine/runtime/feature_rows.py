@@ -133,6 +133,9 @@ class FeatureHits(Page[FeatureHit]):
     hidden: dict[str, int] = {}
     """How many match and were left out: `dense`, `dead`, `badly_scored`."""
 
+    dense_best: list[FeatureHit] = []
+    """On the first page, those of the three best matches that were left out as `dense`, best first."""
+
 
 def arrow_schema(dimension: int | None) -> pa.Schema:
     """The columns, with vectors of this dimension or without any."""

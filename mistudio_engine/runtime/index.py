@@ -84,6 +84,9 @@ SNAPSHOTS = 3
 
 OPEN_WAIT_SECONDS = 0.05
 
+BEST = 3
+"""Matches of which those that are hidden as dense are named."""
+
 MARKER = "features.json"
 """Says which table counts, and what it holds."""
 
@@ -358,9 +361,9 @@ class FeatureIndex:
             total = int((mask & ~np.isnan(ranking.scores)).sum())
             end = offset + len(places)
             following = _Position(generation, snapshot.version, end, asked) if places and end < total else None
-            rows = snapshot.rows.select(HIT_COLUMNS).take(pa.array(places, pa.int64())).to_pylist()
+            dense_best = [] if position or mode == "list" else _dense_best(snapshot, ranking, where)
             return FeatureHits(
-                rows=[_hit(row, ranking, place, mode) for row, place in zip(rows, places, strict=True)],
+                rows=_hits(snapshot, ranking, places, mode),
                 total=total,
                 shown=len(places),
                 next_cursor=following.cursor() if following else None,
@@ -368,6 +371,7 @@ class FeatureIndex:
                 embedder=self.embedder if mode in ("meaning", "hybrid", "similar") else None,
                 score_means=SCORE_MEANS[mode],
                 hidden=_hidden(snapshot, ranking, where),
+                dense_best=_hits(snapshot, ranking, dense_best, mode),
             )
 
         return self._healed(answer)
@@ -569,6 +573,11 @@ def _raise_disk_full(error: Exception, folder: Path) -> None:
         raise DiskFull.of("The search index", free + 1, free) from error
 
 
+def _hits(snapshot: Snapshot, ranking: Ranking, places: list[int], mode: str) -> list[FeatureHit]:
+    rows = snapshot.rows.select(HIT_COLUMNS).take(pa.array(places, pa.int64())).to_pylist()
+    return [_hit(row, ranking, place, mode) for row, place in zip(rows, places, strict=True)]
+
+
 def _hit(row: dict[str, Any], ranking: Ranking, place: int, mode: str) -> FeatureHit:
     score = None if mode == "list" else min(1.0, max(0.0, float(ranking.scores[place])))
     confidence = row.pop("confidence")
@@ -591,6 +600,14 @@ def _hidden(snapshot: Snapshot, ranking: Ranking, where: Where) -> dict[str, int
             counts[reason] = int((left & out).sum())
             left &= ~out
     return {reason: count for reason, count in counts.items() if count}
+
+
+def _dense_best(snapshot: Snapshot, ranking: Ranking, where: Where) -> list[int]:
+    """Those of the best matches that are hidden because they are dense."""
+    if where.dense is not False:
+        return []
+    either = snapshot.mask(where.model_copy(update={"dense": None}))
+    return [place for place in first(snapshot, ranking, either, 0, BEST) if snapshot.dense[place]]
 
 
 def _batches(rows: Iterable[FeatureRow]) -> Iterator[list[FeatureRow]]:

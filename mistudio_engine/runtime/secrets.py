@@ -25,9 +25,10 @@ FILE = "secrets.json"
 SHOWN = "[secret]"
 
 _LOOKS_SECRET = re.compile(
-    r"\b(?:hf_|sk-|ghp_|gsk_|xai-)[A-Za-z0-9_*-]{12,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)|(?i:bearer)\s+\S{16,}"
+    r"\b(?:hf_|sk-|ghp_|gsk_|xai-)[A-Za-z0-9_*-]{12,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
+    r"|(?i:bearer)\s+[A-Za-z0-9._~+/*-]{16,}=*"
 )
-"""Keys of the usual services, a password in an address, and what follows Bearer."""
+"""Keys of the usual services, a password in an address, and a token after Bearer (RFC 6750, 2.1)."""
 
 _SHORTEST = 8
 """A shorter value could be a word, and taking that out of every text would only spoil texts."""

@@ -196,6 +196,12 @@ class Snapshot:
         return ranks
 
     @cached_property
+    def n_of_extraction(self) -> dict[tuple[str, str], int]:
+        """How many rows there are of each SAE's extraction."""
+        counted = self.rows.group_by(["sae", "extraction"]).aggregate([([], "count_all")])
+        return {(row["sae"], row["extraction"]): row["count_all"] for row in counted.to_pylist()}
+
+    @cached_property
     def _author_kind(self) -> NDArray:
         authors, codes = _coded(self.rows["author"])
         return np.array([author_kind(author) for author in authors] or [""])[codes]

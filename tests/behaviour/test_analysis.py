@@ -17,9 +17,11 @@ from mistudio_engine.api.operations import AnalyseFeatures, MapFeatures, ShowAna
 from mistudio_engine.api.records import Job, SAERecord
 from mistudio_engine.discovery.analysis_store import ANALYSIS_FILE, part_features, read_analysis, write_part
 from mistudio_engine.handlers import analysis as handlers
+from mistudio_engine.handlers.feature_map import run_map_features
 from mistudio_engine.handlers.knowledge import Knowledge
 from mistudio_engine.runtime import processes
 from mistudio_engine.runtime.engine import Engine
+from mistudio_engine.runtime.jobs import JobContext
 from tests.behaviour.doors import DOORS, Door, Loop, Served
 from tests.behaviour.trainings import completed, until
 
@@ -260,6 +262,14 @@ def test_labels_are_mapped_by_meaning_where_there_is_an_embedder(engine, derived
     places = dict(zip(shown.label, zip(shown.x, shown.y, strict=True), strict=True))
     for label, x, y in zip(shown.label, shown.x, shown.y, strict=True):
         np.testing.assert_allclose(places[label], (x, y), atol=1.0)
+
+
+def test_a_map_of_labels_says_so_when_the_embedder_has_gone_since_it_was_planned(engine, derived, monkeypatch):
+    operation = MapFeatures(sae="first", what="labels", method="pca")
+    monkeypatch.setattr(engine, "embedder", None)
+    context = JobContext(Job(slug="map", operation="map_features"), derived, engine.bus.publish)
+    with pytest.raises(BadInput, match="no text embedder"):
+        list(run_map_features(operation, engine, context))
 
 
 def test_a_map_is_filtered_and_paged_without_losing_or_repeating_a_feature(engine, doors, derived):

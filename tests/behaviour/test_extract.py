@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import gc
+import threading
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import psutil
 import pytest
+import torch
 
 from mistudio_engine.api.errors import BadInput, NotFound
 from mistudio_engine.api.operations import (
     DeleteExtraction,
     Extract,
     GetFeature,
+    GetSAE,
+    LabelFeatures,
     ListExtractions,
     SaveTemplate,
     SearchFeatures,
@@ -20,12 +29,16 @@ from mistudio_engine.api.operations import (
     TrainSAE,
     UseExtraction,
 )
-from mistudio_engine.api.records import Job
+from mistudio_engine.api.records import Job, TokensRecord
 from mistudio_engine.demo.embedded import DEMO_HOOK
 from mistudio_engine.discovery.extraction import load_extraction
+from mistudio_engine.handlers.extractions import run_use_extraction
+from mistudio_engine.handlers.knowledge import Knowledge
 from mistudio_engine.runtime.engine import Engine
+from mistudio_engine.runtime.jobs import JobContext
+from mistudio_engine.saes import load_sae, save_sae
 from tests.behaviour.doors import Served
-from tests.behaviour.trainings import SHORT, completed
+from tests.behaviour.trainings import SHORT, completed, steered, until
 
 SAE: dict[str, Any] = {"model": "tiny", "dataset": "corpus", "d_sae": 64, "k": 8, "hyperparameters": SHORT}
 N_TOKENS = 5120
@@ -129,6 +142,7 @@ def test_what_cannot_be_extracted_is_refused_and_leaves_nothing(
     ("arguments", "words"),
     [
         ({"also": ["high"]}, "named twice"),
+        ({"features": []}, "at least 1 item"),
         ({"also": ["low"], "features": [1]}, "features are of one SAE"),
         ({"min_activation": float("nan")}, "finite"),
         ({"n_zero": 1}, "greater than or equal to 5"),
@@ -165,6 +179,86 @@ def test_an_earlier_extraction_is_used_again_and_a_deleted_one_is_gone(engine: E
     assert engine.call(SearchFeatures(sae="high", limit=1)).extraction == second["slug"]
 
 
+def test_no_job_replaces_what_another_has_made(engine: Engine) -> None:
+    """A job of several SAEs finds names for the others when it runs: not that of a job that may be told to retry, and
+    one that was promised the same name meanwhile takes another."""
+    with steered(engine, Extract(sae="low", n_tokens=N_TOKENS)) as cancelled:
+        pass
+    assert engine.jobs.get(cancelled.slug).state == "cancelled"
+    several = extracted(engine, also=["low"])
+    assert several.result is not None
+    made = several.result["also"][0]
+    assert f"extraction/{made['slug']}" != cancelled.subject
+    with steered(engine, Extract(sae="high", also=["low"], n_tokens=N_TOKENS + 1000)) as several:
+        named = f"low-{(N_TOKENS + 1000) // 1000}k"
+        until(lambda: list((engine.home / "extractions").glob(f"{named}*")), "the name")
+        one = engine.call(Extract(sae="low", n_tokens=N_TOKENS + 1000, exclude_tokens=["the"]))
+        results = [engine.jobs.wait(job.slug, 60).result for job in (several, one)]
+    assert results[0] is not None and results[1] is not None
+    made = results[0]["also"][0]
+    assert made["slug"] != results[1]["slug"] == current(engine, "low")
+    assert engine.call(ShowExtraction(extraction=made["slug"])).job == several.slug
+    assert load_extraction(engine.home / made["folder"] / "data").info.settings["exclude_token_ids"] == []
+
+
+def test_two_that_are_used_again_at_once_leave_the_features_of_the_current_one_in_the_index(engine: Engine) -> None:
+    first, second = extracted(engine).result, extracted(engine, exclude_tokens=["the"]).result
+    assert first is not None and second is not None
+    context = JobContext(Job(slug="use", operation="use_extraction"), engine.home, engine.bus.publish)
+    uses = [UseExtraction(extraction=each["slug"]) for each in (first, second)]
+    late, early = (run_use_extraction(use, engine, context) for use in uses)
+    next(late)
+    running = [(early, 4), (late, 1)]  # whoever began first takes longer
+    while running:
+        running = [(work, n_steps) for work, n_steps in running if len(list(islice(work, n_steps))) == n_steps]
+    assert current(engine, "high") == second["slug"]
+    found = engine.call(SearchFeatures(sae="high", include_dense=True, limit=100))
+    assert found.extraction == second["slug"] and found.total == second["n_alive"]
+    frequency = {row.index: row.activation_frequency for row in found.rows}
+    with Knowledge.of(engine, "high") as known:
+        assert frequency == {index: known.row(index).activation_frequency for index in known.alive()}
+
+
+def test_logit_effects_are_those_of_an_activation_of_one(engine: Engine, tmp_path: Path) -> None:
+    """A twin that counts its decoder rows as normed and has them of all lengths is the same SAE in the same units."""
+    sae = load_sae(engine.home / "saes" / "high")
+    lengths = torch.logspace(-1, 1, 64)[torch.randperm(64, generator=torch.manual_seed(0))]
+    values = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
+    values["W_dec"] *= lengths[:, None]
+    values["W_enc"] /= lengths
+    values["b_enc"] /= lengths
+    cfg = sae.cfg.model_copy(update={"rescale_acts_by_decoder_norm": True})
+    completed(engine, GetSAE(source=str(save_sae(type(sae)(cfg, values), tmp_path / "mirror")), name="mirror"))
+    extracted(engine)
+    extracted(engine, sae="mirror", dataset="corpus")
+    with Knowledge.of(engine, "high") as high, Knowledge.of(engine, "mirror") as twin:
+        np.testing.assert_allclose(twin.extraction.max, high.extraction.max, rtol=1e-4)
+        for index in range(64):
+            theirs, ours = (known.logit_tokens(index, 5) for known in (high, twin))
+            assert theirs is not None and ours is not None
+            for some, others in zip(theirs, ours, strict=True):
+                np.testing.assert_allclose([each.value for each in others], [each.value for each in some], rtol=1e-3)
+
+
+def test_of_a_selection_it_is_not_said_that_no_feature_fires(engine: Engine) -> None:
+    index = engine.call(SearchFeatures(sae="high", limit=1)).rows[0].index
+    job = extracted(engine, features=[index])
+    assert job.result is not None and job.result["l0"]["silent"] > 0.05
+    assert not any("No feature fires" in finding for finding in engine.call(ShowHealth(sae="high")).findings)
+    extracted(engine)
+
+
+def test_less_than_a_context_is_refused_before_anything_waits(engine: Engine) -> None:
+    tokens = engine.store.all(TokensRecord)[0].model_copy(update={"slug": "long", "context_size": 512})
+    engine.store.insert(tokens)
+    try:
+        with pytest.raises(BadInput, match="n_tokens = 300 is less than one context") as refused:
+            engine.call(Extract(sae="high", dataset="tokens/long", n_tokens=300))
+        assert "512" in (refused.value.fix or "")
+    finally:
+        engine.store.delete(TokensRecord, "long")
+
+
 def test_the_health_of_a_dictionary_adds_up(engine: Engine) -> None:
     record = extracted(engine).result
     assert record is not None
@@ -176,3 +270,26 @@ def test_the_health_of_a_dictionary_adds_up(engine: Engine) -> None:
     assert health.nearest_cosine and health.n_compared == health.n_alive
     assert health.n_near_duplicates <= health.n_compared
     assert all(finding.endswith(".") for finding in health.findings)
+
+
+def test_a_hundred_extractions_and_labellings_begun_and_cancelled_leak_neither_memory_nor_threads(
+    engine: Engine,
+) -> None:
+    def cycle() -> None:
+        for operation in (Extract(sae="high"), LabelFeatures(sae="high")):
+            with steered(engine, operation) as job:
+                until(lambda slug=job.slug: engine.jobs.get(slug).state != "queued", "the start")
+
+    for _ in range(10):
+        cycle()
+    gc.collect()
+    before, n_threads = psutil.Process().memory_info().rss, threading.active_count()
+    folders, jobs = ({path.name for path in (engine.home / each).iterdir()} for each in ("extractions", "jobs"))
+    for _ in range(50):
+        cycle()
+    gc.collect()
+    assert psutil.Process().memory_info().rss - before < 64 * 2**20
+    assert threading.active_count() <= n_threads + 2
+    left = {path.name for path in (engine.home / "extractions").iterdir()} - folders
+    assert all(name in [each.slug for each in engine.call(ListExtractions(limit=200)).rows] for name in left)
+    assert {path.name for path in (engine.home / "jobs").iterdir()} <= jobs

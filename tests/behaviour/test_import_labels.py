@@ -9,13 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mistudio_engine.api.errors import EmptyData, Forbidden, NotFound, Unreachable, WrongShape
-from mistudio_engine.api.operations import ImportLabels, LabelHistory, SearchFeatures, SetLabel, ShowPublished
+from mistudio_engine.api.operations import (
+    DeleteSAE,
+    Extract,
+    GetSAE,
+    ImportLabels,
+    LabelHistory,
+    SearchFeatures,
+    SetLabel,
+    ShowPublished,
+)
 from mistudio_engine.api.records import LabelRecord, SAERecord
+from mistudio_engine.handlers import published
 from mistudio_engine.handlers.knowledge import Knowledge
 from mistudio_engine.runtime.engine import Engine
 from mistudio_engine.runtime.jobs import JobContext
+from mistudio_engine.saes import load_sae, save_sae
 from tests.behaviour.doors import Served
 from tests.behaviour.trainings import completed, ended
 from tests.bucket_server import BucketServer, bucket_server
@@ -195,6 +207,36 @@ def test_other_statistics_are_noticed(studio: Served, source_id: str, tmp_path: 
     files = packed(rows(studio.engine, source_id, shuffled=True))
     report = imported(studio.engine, written(tmp_path / "t", files), labels=False)
     assert report["fidelity"]["verdict"] == "differs" and report["n_labels"] == 0
+
+
+def test_maxima_are_compared_in_the_units_of_decoder_rows_of_length_one(
+    studio: Served, source_id: str, tmp_path: Path
+) -> None:
+    """A twin whose decoder rows are of all lengths has the same activations; published of it are those times the
+    lengths."""
+    engine = studio.engine
+    sae = load_sae(engine.home / engine.store.get(SAERecord, "first").folder)
+    lengths = torch.logspace(-2, 2, sae.cfg.d_sae)[torch.randperm(sae.cfg.d_sae, generator=torch.manual_seed(0))]
+    sae.W_dec.mul_(lengths[:, None])
+    completed(engine, GetSAE(source=str(save_sae(sae, tmp_path / "twin")), name="twin", model="tiny"))
+    completed(engine, Extract(sae="twin", dataset="corpus", n_tokens=20_000))
+    table = rows(engine, source_id)
+    for line, length in zip(table["features"], lengths.tolist(), strict=True):
+        line["maxActApprox"] *= length
+    job = completed(engine, ImportLabels(sae="twin", source=str(written(tmp_path / "t", packed(table)))))
+    assert job.result is not None and job.result["fidelity"]["verdict"] == "matches"
+    engine.call(DeleteSAE(sae="twin"))
+
+
+def test_whoever_cancels_does_not_wait_for_lines_that_nobody_wants(
+    studio: Served, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(published, "ROWS_AT_ONCE", 8)
+    operation = ImportLabels(sae="first", source=str(folder), labels=False, features=[99])
+    job = completed(studio.engine, operation)
+    work = published.run_import_labels(operation, studio.engine, JobContext(job, tmp_path, studio.engine.bus.publish))
+    n_steps = sum("activations" in step.stage for step in work)
+    assert n_steps >= 120 // 8
 
 
 def test_a_bucket_is_read_as_a_folder_is(studio: Served, bucket: BucketServer, source_id: str) -> None:

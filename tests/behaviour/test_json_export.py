@@ -105,6 +105,13 @@ def test_the_download_is_a_file_over_rest(studio: Served) -> None:
     assert studio.engine.call(ShowExport(export=record["slug"])).file_size_bytes == len(data)
 
 
+@pytest.mark.parametrize("selection", [{"range_start": 0, "range_end": 9}, {"range_start": 0}, {"indices": [1]}])
+@pytest.mark.parametrize("which", ["all", "extracted"])
+def test_a_selection_that_would_be_ignored_is_refused(selection: dict[str, Any], which: Any) -> None:
+    with pytest.raises(ValueError, match="go with feature_selection='custom'"):
+        Export(sae="first", feature_selection=which, **selection)
+
+
 def test_the_zip_is_still_there_and_is_not_compressed_twice(studio: Served) -> None:
     job = completed(studio.engine, Export(sae="first", feature_selection="custom", indices=[1, 2]))
     assert job.result is not None and job.result["format"] == "zip"

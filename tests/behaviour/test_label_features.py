@@ -20,8 +20,10 @@ from mistudio_engine.api.operations import (
     SetLabel,
     SetSetting,
 )
-from mistudio_engine.api.records import Job
+from mistudio_engine.api.records import Job, SAERecord
+from mistudio_engine.handlers import REGISTRY
 from mistudio_engine.runtime.engine import Engine
+from mistudio_engine.runtime.jobs import JobContext
 from tests.behaviour.doors import Door, Served
 from tests.behaviour.trainings import SECONDS, completed, ended, steered, until
 from tests.llm_server import LLMServer, Reply, failing_now_and_then, serve_llm
@@ -38,10 +40,15 @@ def about(request: Any) -> int:
 
 @pytest.fixture(scope="module")
 def engine(studio: Served) -> Iterator[Engine]:
-    """The engine; at the end its SAE has the labels of token patterns again, and none of ours."""
+    """The engine; before and behind us its SAE has the labels of token patterns, and nobody else's."""
+    labelled_by_patterns(studio.engine)
     yield studio.engine
-    studio.engine.store.delete_labels("first")
-    completed(studio.engine, LabelFeatures(sae="first", provider="token_pattern"))
+    labelled_by_patterns(studio.engine)
+
+
+def labelled_by_patterns(engine: Engine) -> None:
+    engine.store.delete_labels("first")
+    completed(engine, LabelFeatures(sae="first", provider="token_pattern"))
 
 
 @pytest.fixture
@@ -215,6 +222,24 @@ def test_a_cap_without_prices_is_refused(engine: Engine, llm: LLMServer) -> None
     assert engine.call(label(max_usd=0.5, provider="ollama", dry_run=True)).plan, "Ollama costs nothing"
     with settings(engine, price_per_million_input=1, price_per_million_output=2):
         assert engine.call(label(max_usd=0.5, dry_run=True)).plan
+
+
+def test_a_cap_whose_prices_were_taken_back_before_the_job_began_ends_it(engine: Engine, llm: LLMServer) -> None:
+    operation = label(max_usd=0.5)
+    context = JobContext(Job(slug="label-features-queued", operation="label_features"), engine.home / "jobs", print)
+    with pytest.raises(BadInput, match=r"max_usd = 0\.5 cannot be kept to"):
+        next(REGISTRY.runs[LabelFeatures].function(operation, engine, context))
+    assert not llm.requests
+
+
+def test_the_record_counts_the_features_that_have_a_label(engine: Engine, llm: LLMServer) -> None:
+    engine.store.delete_labels("first")
+    completed(engine, label(features=[1, 2]))
+    for n in (3, 3):  # the second time it has one
+        engine.call(SetLabel(feature="sae/first#3", label="mine"))
+        assert engine.store.get(SAERecord, "first").n_labelled == len(engine.store.labels("first")) == n
+    completed(engine, label(features=[2, 3, 4]))
+    assert engine.store.get(SAERecord, "first").n_labelled == 4
 
 
 def test_a_dry_run_says_what_it_would_cost_and_asks_nobody(engine: Engine, llm: LLMServer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 from collections.abc import Iterator
@@ -14,11 +15,20 @@ import torch
 
 from mistudio_engine.api.errors import BadInput, EmptyData, MistudioError, NotFound
 from mistudio_engine.api.features import FeaturePage, NeighbourPage
-from mistudio_engine.api.operations import Extract, FeaturesOnText, GetFeature, Neighbours, SearchFeatures, SetLabel
+from mistudio_engine.api.operations import (
+    Extract,
+    FeaturesOnText,
+    GetFeature,
+    Neighbours,
+    SearchFeatures,
+    SetLabel,
+    UseExtraction,
+)
 from mistudio_engine.api.operations.settings import SetSetting
 from mistudio_engine.api.records import SAERecord
 from mistudio_engine.handlers import REGISTRY
-from mistudio_engine.handlers.search_index import settle
+from mistudio_engine.handlers.knowledge import Knowledge
+from mistudio_engine.handlers.search_index import index_features, settle
 from mistudio_engine.runtime.engine import Engine
 from mistudio_engine.saes import load_sae
 from tests.behaviour.conftest import prepare
@@ -151,6 +161,33 @@ def test_filters_hold_in_every_mode_and_what_is_hidden_is_counted(asked: Engine)
         assert sure.total + sure.hidden.get("badly_scored", 0) == whole.total, way
         nobody = search(asked, sae="first", author="person", include_dense=True, **arguments)
         assert nobody.total == 0, way
+
+
+def test_tokens_that_a_query_names_and_the_vocabulary_lacks_are_said(asked: Engine) -> None:
+    for mode in ("promotes", "suppresses"):
+        plain = search(asked, query="the", mode=mode, sae="first")
+        page = search(asked, query="the zyzzyva", mode=mode, sae="first")
+        assert [(row.index, row.score, row.why) for row in page.rows] == [
+            (row.index, row.score, row.why) for row in plain.rows
+        ]
+        assert "no single token of model/tiny: 'zyzzyva'" in page.note
+        assert "token" not in plain.note
+    page = search(asked, query="zyzzyva", mode="token", sae="first")
+    assert page.rows == []
+    assert "no single token of model/tiny: 'zyzzyva'" in page.note
+
+
+def test_a_hidden_dense_feature_that_matches_best_is_named(engine: Engine) -> None:
+    everything = search(engine, sae="first", limit=200, include_dense=True).rows
+    ref = next(row.ref for row in everything if row.activation_frequency > 0.1)
+    engine.call(SetLabel(feature=ref, label="a zebra crossing"))
+    for mode in ("text", "meaning", "auto"):
+        page = search(engine, query="a zebra crossing", mode=mode, sae="first")
+        assert ref not in [row.ref for row in page.rows]
+        assert f": {ref}" in page.note and "include_dense" in page.note, mode
+        shown = search(engine, query="a zebra crossing", mode=mode, sae="first", include_dense=True)
+        assert (shown.rows[0].ref, shown.note) == (ref, "")
+    assert search(engine, sae="first").note == "", "a list compares nothing"
 
 
 def test_a_person_s_label_is_found_by_its_words_its_author_and_its_category(engine: Engine) -> None:
@@ -363,3 +400,123 @@ def test_a_server_that_is_not_there_leaves_words_and_the_reason(engine: Engine) 
     index = some_feature(engine)
     engine.call(SetLabel(feature=f"sae/first#{index}", label="kept all the same"))
     assert search(engine, query="kept all the same", sae="first").rows[0].index == index
+
+
+def test_a_label_that_is_written_while_its_feature_is_indexed_stays_in_the_index(engine: Engine) -> None:
+    with Knowledge.of(engine, "first") as known:
+        steps = index_features(engine, known)
+        while (next(steps).fraction or 0.0) == 0.0:
+            pass  # until the first rows are made
+        engine.call(SetLabel(feature="sae/first#0", label="a zebra crossing"))
+        for _ in steps:
+            pass
+    found = search(engine, query="zebra", mode="text", sae="first", include_dense=True, include_dead=True)
+    assert [row.index for row in found.rows] == [0]
+
+
+def test_of_two_extractions_that_are_indexed_at_once_the_one_chosen_last_is_found(engine: Engine) -> None:
+    before = engine.store.get(SAERecord, "first").extraction
+    completed(engine, Extract(sae="first", n_tokens=4096))
+    with Knowledge.of(engine, "first") as known:
+        steps = index_features(engine, known)
+        next(steps)
+        completed(engine, UseExtraction(extraction=before))
+        for _ in steps:
+            pass
+    page = search(engine, sae="first", include_dense=True, include_dead=True)
+    assert (page.total, page.extraction, page.note) == (128, before, "")
+
+
+def test_an_index_that_lacks_features_of_an_extraction_says_so(engine: Engine) -> None:
+    completed(engine, Extract(sae="first", n_tokens=4096))
+    with Knowledge.of(engine, "first") as known:
+        engine.index.delete_sae("first")
+        steps = index_features(engine, known, range(40))
+        for _ in steps:
+            pass
+    page = search(engine, query="the", mode="text", sae="first")
+    assert f"Only 40 of the 128 features of extraction/{known.sae.extraction}" in page.note
+    assert "Only" not in search(engine, query="the", mode="text", sae="other").note
+    completed(engine, UseExtraction(extraction=known.sae.extraction))
+    assert "Only" not in search(engine, query="the", mode="text", sae="first").note
+
+
+def test_an_sae_whose_extraction_is_damaged_does_not_keep_others_from_being_found(kept: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    shutil.copytree(kept, home)
+    shutil.rmtree(home / "index")
+    for path in (home / "extractions").glob("other*/data/features.parquet"):
+        path.write_bytes(b"nothing that can be read")
+    engine = started(home)
+    try:
+        assert search(engine, query="the", mode="text", sae="first").rows
+        assert "Only 0 of the 64 features" in search(engine, query="the", mode="text").note
+    finally:
+        engine.stop()
+
+
+def test_an_index_made_anew_before_its_server_answers_has_meanings_once_it_does(kept: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    shutil.copytree(kept, home)
+    with serve_embeddings() as server:
+        engine = started(home)
+        engine.call(SetSetting(key="ollama_base_url", value=server.url))
+        engine.call(SetSetting(key="embedder", value="ollama:tiny-embed"))
+        settle(engine)
+        assert search(engine, query="animals", mode="meaning").rows
+        engine.stop()
+        engine.embedder.close()
+        marker = home / "index" / "features.json"
+        marker.write_text(json.dumps(json.loads(marker.read_text()) | {"open": True}))  # as `kill -9` leaves it
+        server.hold = threading.Event()
+        again = started(home)
+        try:
+            assert search(again, query="the").mode == "text"
+            server.hold.set()
+            settle(again)
+            search(again, query="the")
+            settle(again)
+            assert search(again, query="animals", mode="meaning").rows
+        finally:
+            again.stop()
+            again.embedder.close()
+
+
+def test_a_server_is_asked_at_the_address_that_is_set_now(engine: Engine) -> None:
+    with serve_embeddings() as first, serve_embeddings() as second:
+        engine.call(SetSetting(key="ollama_base_url", value=first.url))
+        engine.call(SetSetting(key="embedder", value="ollama:tiny-embed"))
+        settle(engine)
+        assert search(engine, query="animals").embedder == f"ollama:tiny-embed@{first.url}"
+        engine.call(SetSetting(key="ollama_base_url", value=second.url))
+        settle(engine)
+        assert search(engine, query="animals").embedder == f"ollama:tiny-embed@{second.url}"
+        n_asked = len(first.inputs)
+        search(engine, query="never asked before")
+        assert len(first.inputs) == n_asked
+        engine.call(SetSetting(key="embedder", value=None))
+        settle(engine)
+
+
+def test_a_server_that_fails_costs_one_label_the_wait_and_none_its_meaning(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mistudio_engine.discovery.embedding_servers.FIRST_BACKOFF_SECONDS", 0.01)
+    index = some_feature(engine)
+    with serve_embeddings() as server:
+        engine.call(SetSetting(key="ollama_base_url", value=server.url))
+        engine.call(SetSetting(key="embedder", value="ollama:tiny-embed"))
+        settle(engine)
+        server.raw = b"{}"
+        engine.call(SetLabel(feature=f"sae/first#{index}", label="written while it fails"))
+        n_asked = len(server.inputs)
+        engine.call(SetLabel(feature=f"sae/first#{index}", label="written after it failed"))
+        assert len(server.inputs) == n_asked
+        server.raw = None
+        monkeypatch.setattr("mistudio_engine.handlers.search_index.RETRY_SECONDS", 0.0)
+        search(engine, query="animals")
+        settle(engine)
+        found = search(engine, query="written after it failed", mode="meaning", sae="first")
+        assert "label 1.00" in next(row.why for row in found.rows if row.index == index)
+        engine.call(SetSetting(key="embedder", value=None))
+        settle(engine)

@@ -186,3 +186,5 @@ def test_keys_are_taken_out_of_texts(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert secret not in hidden
     harmless = "words: skill, bearer of news, sk-1, https://example.com/a:b, hf_hub"
     assert secrets.redact(harmless) == harmless and not looks_secret(harmless)
+    label = '{"reasoning":"after the bearer","label":"bearer tokens","category":"Token > Word"}'
+    assert secrets.redact(label) == label, "an answer stays JSON"

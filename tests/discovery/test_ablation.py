@@ -13,7 +13,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mistudio_engine.api.errors import BadInput, EmptyData, NotFound
 from mistudio_engine.discovery import ablation as module
-from mistudio_engine.discovery.ablation import Passage, ablate, bootstrap, contribution, matched_controls
+from mistudio_engine.discovery.ablation import (
+    Passage,
+    ablate,
+    bootstrap,
+    contribution,
+    matched_controls,
+    written_rows,
+)
 from mistudio_engine.models.hooks import activations
 from mistudio_engine.models.language_model import LanguageModel
 from tests.saes.sae_data import activations as random_activations
@@ -256,6 +263,35 @@ def test_a_contribution_is_what_the_saes_own_decoder_adds_for_it(architecture, m
     written, own = contribution(sae, x, feature)
     torch.testing.assert_close(own, acts[:, feature])
     torch.testing.assert_close(written, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("more", [{}, {"rescale_acts_by_decoder_norm": True}])
+def test_rows_are_what_an_activation_of_one_writes(more):
+    sae = sae_at("topk", k=3, **more)
+    one_each = torch.eye(D_SAE)[[7, 2]]
+    expected = sae.decode(one_each) - sae.decode(torch.zeros_like(one_each))
+    torch.testing.assert_close(written_rows(sae, [7, 2]), expected)
+    sae.W_dec[2] = 0
+    assert not written_rows(sae, np.array([2])).any()
+
+
+def test_a_model_that_overflows_gives_no_numbers(hf, lm, passages):
+    sae = sae_at("standard")
+    feature = firing_feature(lm, sae, passages)
+    with torch.no_grad():
+        row = hf.model.embed_tokens.weight[passages[2].token_ids[3]]
+        before = row.clone()
+        row.fill_(float("inf"))
+    with pytest.raises(BadInput, match="An activation is NaN or infinite"):
+        drain(ablate(lm, sae, IN, feature, passages))
+    with torch.no_grad():
+        row.copy_(before)
+        head = hf.lm_head.weight[5].clone()
+        hf.lm_head.weight[5] = float("nan")
+    with pytest.raises(BadInput, match="A prediction is NaN or infinite"):
+        drain(ablate(lm, sae, IN, feature, passages))
+    with torch.no_grad():
+        hf.lm_head.weight[5] = head
 
 
 def test_controls_fire_about_as_often_and_are_drawn_by_the_seed():

@@ -104,3 +104,10 @@ def test_nobody_listening_is_said_within_seconds(opened: Open, server: Embedding
     with pytest.raises(Unreachable, match="nobody listens"):
         embedder.ready()
     embedder.close()
+
+
+def test_an_embedder_that_somebody_closed_says_so(opened: Open):
+    embedder = opened().ready()
+    embedder.close()
+    with pytest.raises(Unreachable, match="not asked any more"):
+        embedder.embed(["cat"])

@@ -15,7 +15,7 @@ from test_extraction import Dense, random_case
 
 from mistudio_engine.api.errors import BadInput, NotFound
 from mistudio_engine.api.events import Signal
-from mistudio_engine.discovery import coactivation, extraction_reader, extraction_writer
+from mistudio_engine.discovery import coactivation, extraction, extraction_reader, extraction_writer
 from mistudio_engine.discovery.extraction import ExtractionSettings, Target, extract, extract_together, load_extraction
 
 FILES = ("features.parquet", "examples.parquet", "contexts.arrow")
@@ -78,8 +78,8 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(planted, t
     assert hashes(tmp_path / "killed") == hashes(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "other settings", "rubbish"])
-def test_a_checkpoint_that_cannot_be_trusted_is_not_gone_on_from(planted, tmp_path, damage, caplog):
+@pytest.mark.parametrize("damage", ["cut", "flipped", "other settings", "other version", "rubbish"])
+def test_a_checkpoint_that_cannot_be_trusted_is_not_gone_on_from(planted, tmp_path, damage, caplog, monkeypatch):
     table, ids, n_real = random_case(7, n_contexts=21)
     lm, sae = planted(table)
     tokens, checkpoint = packed(ids, len(table), n_real), tmp_path / "state.npz"
@@ -92,6 +92,8 @@ def test_a_checkpoint_that_cannot_be_trusted_is_not_gone_on_from(planted, tmp_pa
     elif damage == "flipped":
         content[len(content) // 2] ^= 0x40
         checkpoint.write_bytes(content)
+    elif damage == "other version":
+        monkeypatch.setattr(extraction, "__version__", "0.0.9")
     elif damage == "rubbish":
         checkpoint.write_bytes(b"PK" + bytes(200))
     _, seen = drain(extract(lm, sae, tokens, HOOK, tmp_path / "x", checkpoint=checkpoint))

@@ -75,6 +75,15 @@ def test_one_class_alone_has_no_auroc():
     assert verdict([1.0, 0.0], [True, False], [True, True]).auroc is None
 
 
+def test_a_model_that_overflows_does_not_pass_for_a_silent_feature(planted, tokenizer):
+    table = torch.zeros(len(tokenizer), 4)
+    table[tokenizer("dog")["input_ids"][0]] = float("nan")
+    lm, sae = planted(table)
+    drained(feature_on_texts(lm, sae, HOOK, 1, ["The cat"]))
+    with pytest.raises(BadInput, match="NaN or infinite"):
+        drained(feature_on_texts(lm, sae, HOOK, 1, ["The cat", "dog"]))
+
+
 def test_what_cannot_be_tested_is_refused(planted, tokenizer):
     lm, sae = planted(torch.zeros(len(tokenizer), 4))
     with pytest.raises(EmptyData, match="Text 1 has no tokens"):

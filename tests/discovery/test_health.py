@@ -50,5 +50,6 @@ def test_a_healthy_dictionary_has_no_findings_and_a_sick_one_names_each() -> Non
     sick = {"dead": 0.5, "dense": 0.1, "rare": 0.4, "silent": 0.2, "duplicates": 0.3, "interpretability": 0.55}
     said = findings(sick)
     assert len(said) == 6
+    assert said[2].startswith("40% of the living")
     assert said[0].startswith("50%") and "0.55" in said[-1]
     assert findings({"silent": None}) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 
 import pytest
 
@@ -41,7 +42,7 @@ async def spend_all(budget: Budget, reply: Answer | None, *, parallel: int = 4, 
     return n_asked
 
 
-@pytest.mark.parametrize("n_prompt", [0, 50, 250, 500, 1000])
+@pytest.mark.parametrize("n_prompt", [1, 50, 250, 500, 1000])
 def test_the_cap_is_not_passed_and_nearly_all_of_it_is_used(n_prompt):
     cap = 0.05
     budget = Budget(PRICES, cap)
@@ -62,6 +63,28 @@ def test_what_may_have_been_billed_counts_as_the_most():
     budget = Budget(PRICES, cap=0.01)
     assert asyncio.run(spend_all(budget, None, maybe_billed=True)) == 7
     assert budget.spent <= 0.01
+
+
+def test_answers_of_a_server_that_counts_no_tokens_are_not_free():
+    budget = Budget(PRICES, cap=0.01)
+    assert asyncio.run(spend_all(budget, answer(0, 0))) == 7
+    assert 0.008 < budget.spent <= 0.01
+
+
+def test_rounding_leaves_nothing_held():
+    async def many(budget: Budget) -> None:
+        chance, under_way = random.Random(0), []
+        for _ in range(2000):
+            if under_way and chance.random() < 0.5:
+                await budget.settle(under_way.pop(chance.randrange(len(under_way))), answer())
+            else:
+                under_way.append(await budget.hold(QUESTION._replace(user="u" * chance.randrange(1, 3000))))
+        for hold in under_way:
+            await budget.settle(hold, answer())
+
+    budget = Budget(Prices(9e5, 9e5), cap=None)
+    asyncio.run(many(budget))
+    assert budget.held == 0
 
 
 def test_what_was_refused_is_free():

@@ -135,6 +135,16 @@ def test_a_server_that_answers_nobody_for_a_while_is_taken_to_be_down(protocol):
 
 
 @BOTH
+def test_a_server_that_answers_no_more_than_half_a_sentence_is_not_down(protocol):
+    async def ask_in_turn(chat: PatientChat) -> list:
+        return [(await asyncio.gather(chat.ask(QUESTION), return_exceptions=True))[0] for _ in range(14)]
+
+    with serve_llm(lambda request: Reply("{", finish_reason="length") if request.number % 2 else GARBAGE) as server:
+        ended = run(server_of(protocol, server), ask_in_turn, n_tries=1)
+    assert [each.reason for each in ended] == ["garbage", "cut_off"] * 7  # type: ignore[attr-defined]
+
+
+@BOTH
 def test_nobody_listening_is_said_after_a_few_tries(protocol):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # and does not listen
@@ -178,6 +188,41 @@ def test_a_prompt_that_is_too_long_is_a_matter_of_its_question(protocol):
     with serve_llm(lambda request: too_long) as server, pytest.raises(NoAnswer) as failed:
         ask(protocol, server)
     assert failed.value.reason == "prompt_too_long"
+
+
+@pytest.mark.parametrize(
+    ("says", "reason", "n_requests"),
+    [
+        (
+            "'max_tokens' or 'max_completion_tokens' is too large: 400. This model's maximum context length is 2048 "
+            "tokens and your request has 1900 input tokens (400 > 2048 - 1900)",
+            "prompt_too_long",
+            1,
+        ),
+        ("set neither max_tokens nor max_completion_tokens nor temperature", None, 3),
+    ],
+    ids=["as vLLM says it", "refuses everything"],
+)
+def test_a_server_that_names_both_limits_is_not_asked_with_one_and_the_other_for_ever(says, reason, n_requests):
+    async def soon(chat: PatientChat) -> Answer:
+        async with asyncio.timeout(5):
+            return await chat.ask(QUESTION)
+
+    with serve_llm(lambda request: Reply(says, status=400)) as server:
+        with pytest.raises(MistudioError) as failed:
+            run(server_of("openai", server), soon)
+        assert len(server.requests) == n_requests
+    assert getattr(failed.value, "reason", None) == reason
+
+
+@BOTH
+def test_half_a_character_in_an_answer_is_not_passed_on(protocol):
+    """A server that cuts an emoji in two sends a lone surrogate, which neither SQLite nor UTF-8 takes."""
+    openai = {"choices": [{"index": 0, "message": {"content": "cats \ud83d"}, "finish_reason": "stop"}], "model": "m"}
+    body = openai if protocol == "openai" else {"message": {"role": "assistant", "content": "cats \ud83d"}}
+    with serve_llm(lambda request: Reply(raw=json.dumps(body).encode())) as server:
+        answer = ask(protocol, server)
+    assert answer.text == "cats ?"
 
 
 @BOTH
@@ -241,9 +286,10 @@ def test_newer_and_older_names_for_the_limit_and_models_without_a_temperature():
 def test_ollama_is_always_asked_for_a_context_in_which_the_question_fits():
     with serve_llm(lambda request: {"label": "cats"}) as server:
         ask("ollama", server)
+        ask("ollama", server, QUESTION._replace(user="猫" * 8000))  # a token each, or more
         ask("ollama", server, QUESTION._replace(user="word " * 10_000))
-        small, large = (request.body["options"]["num_ctx"] for request in server.requests)
-    assert small == 8192 and large == 32_768
+        contexts = [request.body["options"]["num_ctx"] for request in server.requests]
+    assert contexts == [8192, 16_384, 32_768]
 
 
 @BOTH
@@ -329,10 +375,21 @@ def test_what_is_no_address_is_refused(address):
     assert refused.value.fix
 
 
-def test_a_password_in_an_address_is_refused_and_not_repeated():
+@pytest.mark.parametrize(
+    "address",
+    [
+        "https://me:hunter2@example.com/v1",
+        "https://me:hunter2@example.com:99999/v1",
+        "https://me:hunter2@[example.com/v1",
+        "https:/me:hunter2@example.com/v1",
+        "me:hunter2@example.com/v1",
+        "https://example.com:99999/v1?key=hunter2",
+    ],
+)
+def test_a_password_in_an_address_is_refused_and_not_repeated(address):
     with pytest.raises(BadInput) as refused:
-        check_address("https://me:hunter2@example.com/v1")
-    assert "hunter2" not in str(refused.value)
+        check_address(address)
+    assert "hunter2" not in str(refused.value) and refused.value.fix
 
 
 def test_offline_only_this_machine_is_asked():
@@ -347,4 +404,8 @@ def test_openai_itself_wants_a_key_and_others_may_not():
     with pytest.raises(BadInput, match="no key for OpenAI"):
         needs_key(OPENAI_URL, None)
     needs_key(OPENAI_URL, KEY)
+    for pasted in (f"“{KEY}”", f"{KEY[:9]}\n{KEY[9:]}"):
+        with pytest.raises(BadInput, match="no key has") as refused:
+            needs_key(OPENAI_URL, pasted)
+        assert KEY not in str(refused.value)
     needs_key("http://127.0.0.1:1/v1", None)

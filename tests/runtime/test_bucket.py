@@ -82,15 +82,18 @@ def test_a_listing_without_end_is_cut_off(server: BucketServer, monkeypatch):
         "ftp://127.0.0.1",
         "file:///etc",
         "https://",
-        "https://a:b@example.org",
+        "https://a:secret@example.org",
+        "https://:secret@example.org",
+        "ftp://a:secret@example.org",
         "https://e.org?x",
         "",
         "http://[::1",
     ],
 )
 def test_only_addresses_of_buckets_are_taken(address: str):
-    with pytest.raises(BadInput, match="is not the address of a bucket"):
+    with pytest.raises(BadInput, match="is not the address of a bucket") as refused:
         Bucket(address)
+    assert "secret" not in str(refused.value)
 
 
 def test_offline_nothing_but_this_machine_is_asked(server: BucketServer, monkeypatch):

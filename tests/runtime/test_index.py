@@ -627,3 +627,24 @@ class TestSnapshot:
         assert [hit.index for hit in hits.rows] == [103]
         assert hits.hidden == {"dead": 1, "dense": 1, "badly_scored": 2}
         assert index.search("zeppelin", where=Where(dense=False)).hidden == {}
+
+    def test_hidden_dense_features_among_the_best_matches_are_named(
+        self, index: FeatureIndex, records: Records
+    ) -> None:
+        index.upsert(records.put(*(feature("love", 100 + at, dense=True, label="love" * (1 + at)) for at in range(5))))
+        index.upsert(records.put(feature("love", 2, label_vector=direction("love", 0.9), dense=False)))
+        shown = Where(dense=False)
+        page = index.search(mode="meaning", vector=direction("love"), where=shown, limit=3)
+        assert page.rows[0].index == 2
+        assert [hit.index for hit in page.dense_best] == [100, 101, 102]
+        assert page.dense_best[0].score > page.rows[0].score
+        assert not index.search(mode="meaning", vector=direction("love"), limit=3).dense_best
+        following = index.search(mode="meaning", vector=direction("love"), where=shown, cursor=page.next_cursor)
+        assert not following.dense_best
+        second = [feature("love", at, label_vector=direction("love")) for at in (5, 6)]
+        index.upsert(records.put(*second, feature("love", 100, label_vector=direction("love", 0.1), dense=True)))
+        page = index.search(mode="meaning", vector=direction("love"), where=shown, limit=2)
+        assert [hit.index for hit in page.rows] == [5, 6]
+        assert [hit.index for hit in page.dense_best] == [100], "the third best"
+        assert not index.search("Paris", where=shown).dense_best
+        assert not index.rank(listed, mode="list", asked="", where=shown).dense_best

@@ -68,8 +68,8 @@ class Export(JobOperation[ExportRecord], route="POST /neuronpedia/export"):
                 raise ValueError("feature_selection='custom' needs range_start and range_end, or indices")
             if has_range and self.range_start > self.range_end:  # type: ignore[operator]
                 raise ValueError(f"range_start {self.range_start} lies after range_end {self.range_end}")
-        elif self.indices:
-            raise ValueError("indices go with feature_selection='custom'")
+        elif self.indices or self.range_start is not None or self.range_end is not None:
+            raise ValueError("a range and indices go with feature_selection='custom'")
         if self.compress and self.format == "zip":
             raise ValueError("compress goes with format='json'; leave it out")
         return self

@@ -49,7 +49,7 @@ class Extract(JobOperation[Extracted], route="POST /features/extraction"):
     n_tokens: Annotated[int, Field(ge=256)] | None = None
     """At most this many tokens, in contexts chosen at random; all by default."""
 
-    features: list[Annotated[int, Field(ge=0)]] | None = None
+    features: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
     """Only these; all by default. Not together with `also`."""
 
     n_examples: Annotated[int, Field(ge=1, le=100)] = 20

@@ -20,8 +20,8 @@ def check_address(url: str, *, offline: bool = False) -> str:
     try:
         parts = urlsplit(url.strip())
         _ = parts.port
-    except ValueError:
-        raise BadInput(f"{url[:80]!r} is not an address.", fix=_LIKE_THIS) from None
+    except ValueError:  # not shown: what cannot be taken apart may hold a password
+        raise BadInput("This is not an address.", fix=_LIKE_THIS) from None
     if parts.username or parts.password or "@" in parts.netloc:
         # Not shown: what stands before the @ is a password.
         raise BadInput(
@@ -30,7 +30,8 @@ def check_address(url: str, *, offline: bool = False) -> str:
             fix="Leave it out, and set the key with set_setting(labelling_api_key).",
         )
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-        raise BadInput(f"{shown_address(url)!r} is not the address of a server.", fix=_LIKE_THIS)
+        what = "This" if "@" in url else repr(shown_address(url))  # me:password@host has no host to tell it by
+        raise BadInput(f"{what} is not the address of a server.", fix=_LIKE_THIS)
     if offline and not is_loopback(url):
         raise Unsupported(
             f"{shown_address(url)} is not on this machine, and the engine is offline (MISTUDIO_OFFLINE=1).",

@@ -67,6 +67,7 @@ class Budget:
     held: float = 0.0
     """US dollars that requests under way may cost."""
 
+    _n_held: int = 0
     _ratio: float | None = None
     _settled: asyncio.Condition = field(default_factory=asyncio.Condition)
 
@@ -82,8 +83,9 @@ class Budget:
                 most = self._most(n_bytes, question.max_tokens)
                 if self.cap is None or self.spent + self.held + most <= self.cap:
                     self.held += most
+                    self._n_held += 1
                     return Hold(n_bytes, most)
-                if self.held <= 0:
+                if not self._n_held:
                     raise BudgetReached(
                         f"Another request may cost ${most:.4f}, and ${max(0.0, self.cap - self.spent):.4f} of "
                         f"${self.cap:g} is left.",
@@ -92,12 +94,16 @@ class Budget:
                 await self._settled.wait()
 
     async def settle(self, hold: Hold, answer: Answer | None, *, maybe_billed: bool = False) -> None:
-        """The request is back: with an answer, without one and free, or nobody knows, which counts as the most."""
+        """The request is back: with an answer, without one and free, or nobody knows, which counts as the most.
+
+        An answer whose tokens the server did not count (`usage` is optional in OpenAI's protocol) was not free either.
+        """
         async with self._settled:
-            self.held -= hold.usd
-            if abs(self.held) < 1e-12:
-                self.held = 0.0
-            if answer is not None:
+            self._n_held -= 1
+            self.held = self.held - hold.usd if self._n_held else 0.0  # what is left of rounding holds nobody up
+            if answer is not None and answer.n_prompt_tokens <= 0:
+                self.spent += hold.usd
+            elif answer is not None:
                 self.spent += self._usd(answer.n_prompt_tokens, answer.n_completion_tokens)
                 ratio = max(0, answer.n_prompt_tokens - _FRAME_TOKENS) / max(1, hold.n_bytes)
                 self._ratio = ratio if self._ratio is None else max(ratio, self._ratio)
@@ -106,7 +112,7 @@ class Budget:
             self._settled.notify_all()
 
     def _most(self, n_bytes: int, max_tokens: int) -> float:
-        # Never less than a token in eight bytes: a server that counts nothing must not make everything free.
+        # Never less than a token in eight bytes, whatever a server has counted.
         ratio = 1.0 if self._ratio is None else max(self._ratio * _HEADROOM, 0.125)
         return self._usd(n_bytes * ratio + _FRAME_TOKENS, max_tokens)
 

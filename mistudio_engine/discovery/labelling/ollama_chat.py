@@ -9,6 +9,7 @@ import ollama
 
 from mistudio_engine.api.errors import MistudioError
 from mistudio_engine.discovery.labelling.addresses import is_loopback, shown_address
+from mistudio_engine.discovery.labelling.budget import n_bytes_of
 from mistudio_engine.discovery.labelling.chat import Answer, NoAnswer, Question, in_words
 from mistudio_engine.discovery.labelling.patient_chat import Passing
 from mistudio_engine.discovery.labelling.refusals import meaning_of, retry_after_seconds
@@ -99,8 +100,11 @@ class OllamaServer:
         )
 
     def _context_for(self, question: Question) -> int:
-        """A context in which the question surely fits. It grows by doubling: each change loads the model anew."""
-        needed = (len(question.system) + len(question.user)) // 2 + question.max_tokens
+        """A context in which the question surely fits. It grows by doubling: each change loads the model anew.
+
+        English has about four bytes to a token, and scripts whose characters have three bytes two to three.
+        """
+        needed = n_bytes_of(question) // 2 + question.max_tokens
         while self._context < needed:
             self._context *= 2
         return self._context

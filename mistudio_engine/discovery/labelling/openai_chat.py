@@ -23,6 +23,9 @@ OPENAI_URL = "https://api.openai.com/v1"
 _FORMS = ("json_schema", "json_object", "prompt")
 """How the form of the answer is asked for: strictly, loosely, in words."""
 
+_LIMITS = ("max_tokens", "max_completion_tokens")
+"""Names of the limit. The older one is what servers other than OpenAI understand, and newer models there do not."""
+
 
 class OpenAIServer:
     """A `Server` of OpenAI's protocol.
@@ -54,8 +57,7 @@ class OpenAIServer:
         self._key_setting = key_setting
         self._temperature = temperature
         self._forms = _FORMS
-        # The older name is what servers other than OpenAI understand, and newer models there do not.
-        self._limit = "max_completion_tokens" if base_url == OPENAI_URL else "max_tokens"
+        self._limits = _LIMITS[::-1] if base_url == OPENAI_URL else _LIMITS
         self._client = openai.AsyncOpenAI(
             api_key=api_key or "none",
             base_url=base_url,
@@ -71,12 +73,14 @@ class OpenAIServer:
     async def send(self, question: Question) -> Answer:
         """One request, and simpler ones where the server says that it does not understand it."""
         while True:
-            form, limit, temperature = self._forms[0], self._limit, self._temperature
+            form, limit, temperature = self._forms[0], self._limits[0], self._temperature
             try:
                 reply = await self._client.chat.completions.create(**self._request(question, form, limit, temperature))
             except openai.BadRequestError as error:
-                if not self._simpler(error, form, limit, temperature):
-                    raise self._meaning(error) from None
+                meaning = self._meaning(error)
+                # What is wrong with the question itself would be wrong with it in every form.
+                if isinstance(meaning, NoAnswer) or not self._simpler(error, form, limit, temperature):
+                    raise meaning from None
             except openai.APIStatusError as error:
                 raise self._meaning(error) from None
             except openai.APITimeoutError:
@@ -112,16 +116,15 @@ class OpenAIServer:
     def _simpler(self, error: openai.BadRequestError, form: str, limit: str, temperature: float | None) -> bool:
         """Leave out what the server does not understand, if the error is about that; whether to ask again.
 
-        Requests that were under way together fail together: only the first of them changes anything.
+        Requests that were under way together fail together: only the first of them changes anything. Each step is
+        taken once, so that a server that refuses everything is not asked for ever.
         """
         words = f"{error.param or ''} {error.code or ''} {error.message}".lower()
         if form != "prompt" and any(each in words for each in ("response_format", "json_schema", "json_object")):
             if self._forms[0] == form:
                 self._forms = self._forms[1:]
-        elif "max_tokens" in words and limit == "max_tokens":
-            self._limit = "max_completion_tokens"
-        elif "max_completion_tokens" in words and limit == "max_completion_tokens":
-            self._limit = "max_tokens"
+        elif limit in words and limit != self._limits[-1]:
+            self._limits = self._limits[-1:]
         elif "temperature" in words and temperature is not None:
             self._temperature = None
         else:
@@ -174,11 +177,17 @@ def _answer(reply: Any) -> Answer:
 
 
 def needs_key(base_url: str, api_key: str | None) -> None:
-    """Refuse to go to OpenAI itself without a key, which would only be told so many times.
+    """Refuse to go to OpenAI itself without a key, which would only be told so many times, or with an impossible one.
 
     Raises:
-        BadInput: there is none.
+        BadInput: there is none, or it fits into no request.
     """
+    if api_key is not None and not (api_key.isascii() and api_key.isprintable()):  # as in “sk-…”
+        raise BadInput(
+            "The key for OpenAI holds characters that no key has.",
+            fix="Copy it again, without quotation marks, into OPENAI_API_KEY in the engine's environment; or ask a "
+            "person to set it: set_setting(key='openai_api_key', value=…).",
+        )
     if api_key is None and base_url == OPENAI_URL:
         raise BadInput(
             "There is no key for OpenAI.",

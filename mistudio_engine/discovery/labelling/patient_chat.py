@@ -155,8 +155,7 @@ class PatientChat:
                     raise self._lost(fault) from None
                 await asyncio.sleep(self._wait_seconds(n_tried, fault.after_seconds))
             else:
-                self._n_lost = 0
-                return answer._replace(text=self._redact(answer.text))
+                return self._cleaned(answer)
         raise AssertionError("unreachable: the last try returns or raises")
 
     async def close(self) -> None:
@@ -189,14 +188,19 @@ class PatientChat:
                 await self.budget.settle(hold, answer, maybe_billed=maybe_billed)
 
     def _count(self, answer: Answer, seconds: float) -> None:
+        self._n_lost = 0  # a refusal, too, is an answer
         self.usage.n_answered += 1
         self.usage.busy_seconds += seconds
         self.usage.n_prompt_tokens += answer.n_prompt_tokens
         self.usage.n_completion_tokens += answer.n_completion_tokens
 
     def _clean(self, error: NoAnswer) -> NoAnswer:
-        answer = error.answer and error.answer._replace(text=self._redact(error.answer.text))
-        return NoAnswer(error.reason, self._redact(error.detail), answer=answer)
+        return NoAnswer(error.reason, self._redact(error.detail), answer=error.answer and self._cleaned(error.answer))
+
+    def _cleaned(self, answer: Answer) -> Answer:
+        """As it may be kept: without secrets, and without halves of surrogate pairs, which no file takes."""
+        text, model = (each.encode("utf-8", "replace").decode() for each in (answer.text, answer.model))
+        return answer._replace(text=self._redact(text), model=self._redact(model))
 
     def _wait_seconds(self, n_tried: int, asked: float | None) -> float:
         longest = min(LONGEST_BACKOFF_SECONDS, self._first_backoff * 2 ** (n_tried - 1))

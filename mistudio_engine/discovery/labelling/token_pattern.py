@@ -204,7 +204,7 @@ def _token_rules(seen: _Seen) -> Iterator[Rule]:
     if not lexicon.starts_word.all():
         yield Kind("piece")
     ids = contexts.ids[seen.fires]
-    for script in {lexicon.scripts[i] for i in lexicon.script[ids]} - {"", "Latin"}:
+    for script in sorted({lexicon.scripts[i] for i in lexicon.script[ids]} - {"", "Latin"}):
         yield Kind("script", script)
     for n_letters in (4, 3, 2):
         endings, counts = np.unique(lexicon.ending(n_letters)[ids], return_counts=True)
