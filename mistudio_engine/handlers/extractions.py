@@ -246,7 +246,7 @@ def _extract(
             with engine.memory.reserve(f"Extracting {operation.sae}", needed, device="cpu"):
                 pass_ = _Pass(engine, context)
                 stores = yield from pass_.done(lm, targets, tokens, settings)
-            specials = special_ids(lm.tokenizer)
+            specials = special_ids(lm.tokenizer) | frozenset(settings.exclude_token_ids)
             for number, (each, module, store) in enumerate(zip(making, modules, stores, strict=True)):
                 yield from _lens(lm, module, each, store, number / len(making), 1 / len(making))
             for number, (each, store) in enumerate(zip(making, stores, strict=True)):

@@ -26,7 +26,7 @@ from mistudio_engine.discovery.extraction_store import Example as StoredExample
 from mistudio_engine.discovery.logit_store import LogitReader, read_logits
 from mistudio_engine.discovery.words import WordReader
 from mistudio_engine.models.checkpoint import load_tokenizer
-from mistudio_engine.models.vocabulary import token_strings
+from mistudio_engine.models.vocabulary import special_ids, token_strings
 from mistudio_engine.runtime.engine import Engine
 
 __all__ = ["DATA_FOLDER", "DERIVED_FOLDER", "INTERPRETABILITY_FILE", "LOGITS_FILE", "Knowledge"]
@@ -107,6 +107,11 @@ class Knowledge:
     def tokenizer(self) -> Any:
         """Of the model that the extraction was made with."""
         return load_tokenizer(self.engine.home / self.engine.store.get(ModelRecord, self.record.model).folder)
+
+    @cached_property
+    def uncounted_ids(self) -> frozenset[int]:
+        """Tokens that say nothing of where a feature fires: special ones, and those that the extraction left out."""
+        return special_ids(self.tokenizer) | frozenset(self.record.settings.get("exclude_token_ids", ()))
 
     @cached_property
     def words(self) -> WordReader:

@@ -24,7 +24,6 @@ from mistudio_engine.handlers.label_book import LabelBook, asked_for, stays
 from mistudio_engine.handlers.registry import Planned, handles, plans, runs
 from mistudio_engine.handlers.search_index import update_rows
 from mistudio_engine.handlers.settings import setting
-from mistudio_engine.models.vocabulary import special_ids
 from mistudio_engine.runtime.engine import Engine, caller
 from mistudio_engine.runtime.jobs import JobContext
 
@@ -172,7 +171,7 @@ def run_label_features(
 def _token_pattern(known: Knowledge) -> Labeller:
     vocabulary = known.tokenizer.get_vocab()
     strings = known.strings(range(1 + max(vocabulary.values())))
-    return TokenPatternLabeller(strings, special_ids(known.tokenizer))
+    return TokenPatternLabeller(strings, known.uncounted_ids)
 
 
 def _prompt(operation: LabelFeatures, known: Knowledge) -> Prompt:

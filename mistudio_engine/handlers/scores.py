@@ -248,8 +248,8 @@ class _Desk:
 
 def _open_desk(operation: ScoreLabels, engine: Engine, known: Knowledge) -> Generator[Progress, Signal, _Desk]:
     strings = known.strings(range(1 + max(known.tokenizer.get_vocab().values())))
-    special = special_ids(known.tokenizer)
-    shown_strings = ["" if token_id in special else string for token_id, string in enumerate(strings)]
+    special, unseen = known.uncounted_ids, special_ids(known.tokenizer)
+    shown_strings = ["" if token_id in unseen else string for token_id, string in enumerate(strings)]
     lexicon = TokenLexicon(strings, special)
     pool = yield from _pool(operation, engine, known)
     wanted = _wanted(operation, known)

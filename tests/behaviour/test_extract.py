@@ -113,6 +113,9 @@ def test_tokens_that_are_left_out_are_in_no_list_and_the_window_is_kept(engine: 
         assert not {token.token.strip() for token in card.top_tokens or []} & {"the", "."}
         assert all(len(example.tokens) <= 7 for example in card.examples or [])
         assert all(example.position_in_context >= 2 for example in card.examples or [])
+    with Knowledge.of(engine, "high") as known:
+        left_out = {the for the in known.tokenizer.get_vocab().values() if known.strings([the])[0].strip() == "the"}
+        assert left_out and left_out <= known.uncounted_ids, "labels and scores do not take them for silent either"
     wide = engine.call(GetFeature(sae="high", index=row.index, window=20))
     assert any(len(example.tokens) > 7 for example in wide.examples or [])
 
