@@ -365,6 +365,9 @@ class LabelRecord(Data):
     """Balanced accuracy on held-out examples, 0.5 is chance."""
 
     evidence: str = ""
+    extraction: str | None = None
+    """The extraction whose examples it was made from, or that was current when it was written."""
+
     scores: dict[str, Any] = {}
     """How well it foretells where the feature fires, by method: detection, fuzzing, or `published` by others."""
 

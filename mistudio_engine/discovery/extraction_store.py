@@ -182,6 +182,9 @@ class Example:
     values: NDArray[np.float32]
     """(n,) activations; 0 at tokens that were left out of the statistics."""
 
+    n_left_out: int = 0
+    """Tokens at the beginning that were left out because of their place: nobody knows what they would have been."""
+
     @property
     def prime(self) -> int:
         """Index of the prime token in the window."""
@@ -351,6 +354,7 @@ class ExtractionStore:
             start=start,
             token_ids=ids[start:stop],
             values=values[start:stop],
+            n_left_out=max(0, int(self.info.settings.get("exclude_first", 0)) - start),
         )
 
     def _row(self, index: int) -> int:

@@ -16,7 +16,8 @@ __all__ = ["DUPLICATE_ABOVE", "Duplicates", "findings", "nearest_cosines", "quan
 DUPLICATE_ABOVE = 0.9
 """Two features whose decoder directions have a larger cosine say nearly the same."""
 
-_AT_ONCE = 256
+_AT_ONCE = 4096
+"""Directions that the others are compared with at a time."""
 
 
 class Duplicates(NamedTuple):
@@ -44,13 +45,13 @@ def nearest_cosines(
         return Duplicates(np.zeros(0, np.float32), np.zeros(0, np.int64))
     rng = np.random.default_rng(seed)
     places = np.arange(len(among)) if len(among) <= n_looked_at else np.sort(rng.permutation(len(among))[:n_looked_at])
-    others = np.ascontiguousarray(rows[among])
-    found = np.zeros(len(places), dtype=np.float32)
-    for at in range(0, len(places), _AT_ONCE):
-        part = places[at : at + _AT_ONCE]
-        cosine = others[part] @ others.T
-        cosine[np.arange(len(part)), part] = -np.inf
-        found[at : at + len(part)] = cosine.max(axis=1)
+    looked_at = np.ascontiguousarray(rows[among[places]])
+    found = np.full(len(places), -np.inf, dtype=np.float32)
+    for at in range(0, len(among), _AT_ONCE):  # the rows may be in a file, and too many for the memory
+        others = among[at : at + _AT_ONCE]
+        cosine = looked_at @ rows[others].T
+        cosine[among[places][:, None] == others] = -np.inf
+        np.maximum(found, cosine.max(axis=1), out=found)
     return Duplicates(found, among[places])
 
 

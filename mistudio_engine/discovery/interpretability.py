@@ -131,10 +131,12 @@ class _Text:
         self.context = np.repeat(np.arange(len(examples)), lengths)
         counts = word < n_words
         place = np.arange(len(word))
+        left_out = np.repeat([example.n_left_out for example in examples], lengths)
+        known = counts & (np.concatenate([np.arange(n) for n in lengths]) >= left_out)
         barrier = np.where(counts, np.repeat(np.cumsum(lengths) - lengths, lengths), place + 1)
         self.begin = np.maximum.accumulate(barrier)
-        self.fires = (acts > 0) & counts
-        self.silent = (acts == 0) & counts
+        self.fires = (acts > 0) & known
+        self.silent = (acts == 0) & known
         self.n_firing_contexts = len(np.unique(self.context[self.fires]))
 
     def span(self, near: int, far: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

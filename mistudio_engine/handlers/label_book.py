@@ -52,6 +52,7 @@ class LabelBook:
 
     def __init__(self, operation: LabelFeatures, engine: Engine, context: JobContext, known: Knowledge) -> None:
         self._engine, self._sae, self._author = engine, operation.sae, f"job:{context.job.slug}"
+        self._extraction = known.record.slug
         self._n_prompt_before = self._n_completion_before = 0
         self.failures: Counter[str] = Counter()
         self._samples: list[dict[str, Any]] = []
@@ -130,6 +131,7 @@ class LabelBook:
             method=label.method,
             confidence=label.confidence,
             evidence=label.evidence,
+            extraction=self._extraction,
         )
 
     def _finding(self, outcome: Label | LabelFailure) -> Finding:

@@ -228,7 +228,7 @@ def set_label(operation: SetLabel, engine: Engine) -> LabelRecord:
                 why=f"Its features are 0 to {sae.d_sae - 1}.",
                 fix="Use one of them.",
             )
-        written = engine.store.add_label(label)
+        written = engine.store.add_label(label.model_copy(update={"extraction": sae.extraction}))
         if written is None:
             raise Conflict(f"{key.ref} has a label that {caller()} may not replace.", fix="Ask a person to change it.")
         if written.version == 1:  # counting them all would take as long as there are labels

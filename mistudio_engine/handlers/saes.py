@@ -20,7 +20,16 @@ from mistudio_engine.api.operations.saes import (
     ShowSAE,
     ShowSAEConfig,
 )
-from mistudio_engine.api.records import Evaluation, ExtractionRecord, ModelRecord, Page, Plan, SAERecord, TrainingRecord
+from mistudio_engine.api.records import (
+    Evaluation,
+    ExtractionRecord,
+    Job,
+    ModelRecord,
+    Page,
+    Plan,
+    SAERecord,
+    TrainingRecord,
+)
 from mistudio_engine.handlers.directions import forget_directions
 from mistudio_engine.handlers.models import remove_folder
 from mistudio_engine.handlers.registry import Planned, handles, plans, runs
@@ -175,10 +184,18 @@ def show_sae_config(operation: ShowSAEConfig, engine: Engine) -> Config:
     return Config(sae=record.slug, format=record.format, config=record.config)
 
 
+def _uses(engine: Engine, job: Job, sae: str) -> bool:
+    """Does a job work on an SAE, by its own name or as the one that an extraction is of?"""
+    if sae in (job.arguments.get("sae"), *(job.arguments.get("also") or ())):
+        return True
+    kind, _, slug = (job.subject or "").partition("/")
+    return kind == "extraction" and any(each.slug == slug for each in engine.store.all(ExtractionRecord, sae=sae))
+
+
 @handles(DeleteSAE)
 def delete_sae(operation: DeleteSAE, engine: Engine) -> Deleted:
     record = engine.store.get(SAERecord, operation.sae)
-    busy = [job.ref for job in engine.jobs.active() if job.arguments.get("sae") == record.slug]
+    busy = [job.ref for job in engine.jobs.active() if _uses(engine, job, record.slug)]
     if busy:
         raise Conflict(f"{record.ref} is being used by {', '.join(busy)}.", fix="Cancel that first.")
     if any(each.key == record.ref for each in engine.memory.loaded()):

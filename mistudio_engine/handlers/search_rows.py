@@ -71,13 +71,9 @@ class SearchRows:
         row = int(np.searchsorted(self._known.extraction.indices, index))
         begin, end = offsets[row], offsets[row + 1]
         order = np.lexsort((ids[begin:end], -weights[begin:end]))
-        # Twice as many: “The” and “ the” read alike but for the case, and some are nothing but a space.
+        # Twice as many: “the” and “ the” read alike, and some are nothing but a space.
         strings = (string.strip() for string in self._read(ids[begin:end][order][: 2 * TELLING_TOKENS]))
-        unique: dict[str, str] = {}
-        for string in strings:
-            if string:
-                unique.setdefault(string, string)
-        return list(unique)[:TELLING_TOKENS]
+        return list(dict.fromkeys(string for string in strings if string))[:TELLING_TOKENS]
 
     @cached_property
     def _tokens(self) -> tuple[Any, Any, Any]:

@@ -13,9 +13,10 @@ import psutil
 import pytest
 import torch
 
-from mistudio_engine.api.errors import BadInput, NotFound
+from mistudio_engine.api.errors import BadInput, Conflict, NotFound
 from mistudio_engine.api.operations import (
     DeleteExtraction,
+    DeleteSAE,
     Extract,
     GetFeature,
     GetSAE,
@@ -296,3 +297,13 @@ def test_a_hundred_extractions_and_labellings_begun_and_cancelled_leak_neither_m
     left = {path.name for path in (engine.home / "extractions").iterdir()} - folders
     assert all(name in [each.slug for each in engine.call(ListExtractions(limit=200)).rows] for name in left)
     assert {path.name for path in (engine.home / "jobs").iterdir()} <= jobs
+
+
+def test_an_sae_that_is_extracted_beside_another_cannot_be_deleted_meanwhile(engine: Engine) -> None:
+    completed(engine, TrainSAE(**SAE, hook_name=DEMO_HOOK, name="busy"))
+    with steered(engine, Extract(sae="high", also=["busy"])) as job:
+        if engine.jobs.get(job.slug).finished:
+            pytest.skip("it was too quick to be met")
+        with pytest.raises(Conflict, match=job.slug):
+            engine.call(DeleteSAE(sae="busy"))
+    engine.call(DeleteSAE(sae="busy"))

@@ -95,6 +95,7 @@ def test_features_are_labelled_and_found_by_it(engine: Engine, llm: LLMServer, p
     made = engine.call(LabelHistory(sae="first", index=7)).rows[0]
     assert (made.label, made.category, made.author) == ("words 7", "Words > Some", f"job:{job.slug}")
     assert made.method == f"{provider}/m" and made.confidence is None
+    assert made.extraction == engine.store.get(SAERecord, "first").extraction
     assert made.evidence.startswith("It is always such words. (From ")
     found = engine.call(SearchFeatures(sae="first", query="words 7", mode="text", include_dense=True))
     assert 7 in [row.index for row in found.rows]

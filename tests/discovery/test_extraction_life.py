@@ -237,6 +237,8 @@ def test_tokens_and_positions_that_are_left_out_count_nowhere(planted, tmp_path)
         assert store.feature(f).max == acts[..., f].max()
         assert not {token.token_id for token in store.top_tokens(f)} & set(left_out)
         assert all(example.position >= 3 for example in store.examples(f, "top"))
+        assert {example.n_left_out for example in store.examples(f)} == {3}
+        assert all(e.n_left_out == max(0, 3 - e.start) for e in store.examples(f, window=2))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from mistudio_engine.demo.truth import linear_probe
 from mistudio_engine.discovery.extraction import extract
 from mistudio_engine.discovery.extraction_store import Example
 from mistudio_engine.discovery.interpretability import interpretability
+from mistudio_engine.discovery.labelling.labeller import is_held_out
 from mistudio_engine.discovery.scores import auroc
 from mistudio_engine.models.language_model import LanguageModel
 from mistudio_engine.saes.standard import StandardSAE
@@ -73,6 +76,17 @@ def test_activations_that_fall_anywhere_score_one_half_on_average():
     standard_error = scores.std(axis=1) / np.sqrt(20)
     assert (np.abs(scores.mean(axis=1) - 0.5) < 3 * standard_error).all()
     assert scores.std(axis=1).max() < 0.08
+
+
+def test_tokens_left_out_because_of_their_place_are_not_taken_for_silent():
+    examples = made(PATTERNS["a word"][0])
+    for example in examples:
+        example.values[:30] = 0  # as an extraction with exclude_first=30 stores them
+    known = [replace(example, n_left_out=30) for example in examples]
+    found, _ = drain(interpretability(Examples([known, examples])))
+    assert found.score[0] > 0.999 > found.score[1]
+    held_out = [example for example in examples if is_held_out(example.context)]
+    assert found.n_silent[0] == sum((example.values[30:] == 0).sum() for example in held_out)
 
 
 def test_shuffling_the_activations_of_a_feature_takes_its_score_away():
