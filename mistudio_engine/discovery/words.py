@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from mistudio_engine.models.vocabulary import byte_alphabet, special_ids, token_strings
 
-__all__ = ["ContextWords", "Word", "WordReader", "is_spaceless"]
+__all__ = ["ContextWords", "Pieces", "Word", "WordReader", "is_spaceless"]
 
 
 class Word(NamedTuple):
@@ -53,6 +53,16 @@ class ContextWords(NamedTuple):
     words: list[Word]
     word_of: NDArray[np.int64]
     """(n_tokens,) index of each token's word."""
+
+
+class Pieces(NamedTuple):
+    """A context's text cut at its tokens; joined they are the text."""
+
+    texts: list[str]
+    """(n_tokens,) what each token shows; a character that several tokens share is shown by the first of them."""
+
+    shown_by: NDArray[np.int64]
+    """(n_tokens,) the token that shows the first character of each: itself, unless that belongs to one before."""
 
 
 class WordReader:
@@ -91,6 +101,15 @@ class WordReader:
         may_end |= is_special | np.append(is_special[1:], True)
         words, word_of = self._grouped(text, ids, offsets, may_end, is_special)
         return ContextWords(text, offsets, words, word_of)
+
+    def pieces(self, token_ids: Sequence[int] | NDArray[np.integer]) -> Pieces:
+        """The tokens of a context, (n_tokens,) ids, as they read together."""
+        read = self.read(token_ids)
+        ends = np.maximum.accumulate(read.offsets[:, 1]) if len(read.offsets) else np.zeros(0, dtype=np.int64)
+        texts = [read.text[begin:end] for begin, end in zip([0, *ends[:-1].tolist()], ends.tolist(), strict=False)]
+        own = np.arange(len(ends))
+        first = np.minimum(np.searchsorted(ends, read.offsets[:, 0], side="right"), own)
+        return Pieces(texts, np.where(np.array([bool(text) for text in texts], dtype=bool), own, first))
 
     def strings(self, token_ids: Iterable[int]) -> list[str]:
         """The tokens themselves as a person reads them."""

@@ -189,6 +189,7 @@ def _prompt(operation: LabelFeatures, known: Knowledge) -> Prompt:
     return Prompt(
         known.strings,
         place,
+        pieces=known.words.pieces,
         system_message=operation.system_message or SYSTEM_MESSAGE,
         user_prompt=operation.user_prompt or USER_PROMPT,
         n_examples=operation.n_examples,

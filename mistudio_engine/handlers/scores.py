@@ -210,7 +210,9 @@ def run_score_labels(
                 judge: RuleJudge | ChatJudge = RuleJudge(desk.lexicon)
             else:
                 chat = open_chat(engine, to, n_parallel=operation.n_parallel, budget=budget)
-                judge = ChatJudge(chat, desk.shown_strings, n_shown=operation.n_shown, close=chat.close)
+                judge = ChatJudge(
+                    chat, desk.shown_strings, pieces=known.words.pieces, n_shown=operation.n_shown, close=chat.close
+                )
             judging = judge.judge_all(_cases(desk.maker, book))
             try:
                 for judged in judging:

@@ -12,7 +12,15 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
-__all__ = ["byte_alphabet", "ids_that_read", "special_ids", "token_string", "token_strings", "tokenizer_hash"]
+__all__ = [
+    "byte_alphabet",
+    "ids_that_read",
+    "is_part_of_character",
+    "special_ids",
+    "token_string",
+    "token_strings",
+    "tokenizer_hash",
+]
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -32,6 +40,11 @@ def token_strings(tokenizer: Any, ids: Iterable[int]) -> list[str]:
         added.get(token_id) or _readable(piece, byte_level) or f"<id {token_id}>"
         for token_id, piece in zip(listed, pieces, strict=True)
     ]
+
+
+def is_part_of_character(string: str) -> bool:
+    """Does a token's string, as `token_strings` gives it, stand for bytes that are no whole character?"""
+    return "<0x" in string and bool(_BYTE_TOKEN.search(string))
 
 
 def token_string(tokenizer: Any, token_id: int) -> str:

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 
 import numpy as np
 import pytest
 from labelling_data import PLACE, cats, example, prompt, strings
+from transformers import AutoTokenizer
 
 from mistudio_engine.api.prompt_variables import VARIABLES, check_system_message, check_user_prompt, expand
+from mistudio_engine.demo.embedded import model_folder
 from mistudio_engine.discovery.extraction_store import FeatureStats
+from mistudio_engine.discovery.labelling.chat_judge import question as ask
 from mistudio_engine.discovery.labelling.labeller import Evidence
+from mistudio_engine.discovery.labelling.passages import Passage
 from mistudio_engine.discovery.labelling.prompts import USER_PROMPT, Notes, Prompt, firing
+from mistudio_engine.discovery.labelling.scoring import Trial
+from mistudio_engine.discovery.words import WordReader
+from mistudio_engine.models.vocabulary import is_part_of_character, token_strings
 
 STATS = FeatureStats(7, 100, 0.01, 9.0, 4.0, 400.0)
 
@@ -166,3 +174,29 @@ def test_the_default_prompt_names_every_kind_of_evidence():
     assert check_user_prompt(USER_PROMPT) == USER_PROMPT
     for name in ("examples", "negatives", "tokens", "analysis", "promoted", "suppressed", "categories", "hook"):
         assert f"{{{name}}}" in USER_PROMPT
+
+
+def test_a_character_of_several_tokens_is_shown_and_marked_whole():
+    tokenizer = AutoTokenizer.from_pretrained(model_folder())
+    ids = tokenizer("It is 雨 today", add_special_tokens=False)["input_ids"]
+    shown = token_strings(tokenizer, ids)
+    parts = [at for at, string in enumerate(shown) if is_part_of_character(string)]
+    assert len(parts) >= 2, "the tokenizer has no token for it"
+    values = [1.0 if at == parts[-1] else 0.0 for at in range(len(ids))]  # it fires on the last byte
+    evidence = Evidence(STATS, [example(1, ids, values)], [])
+    reader = WordReader(tokenizer)
+    read = partial(token_strings, tokenizer)
+    user = Prompt(read, PLACE, pieces=reader.pieces).question(evidence, Notes()).question.user
+    assert "«雨»" in user and "activations: “雨” 1" in user
+    assert "<0x" not in user.partition("activations:")[0]
+    assert "<0x" in Prompt(read, PLACE).question(evidence, Notes()).question.user
+
+
+def test_a_scorer_is_shown_whole_characters_too():
+    tokenizer = AutoTokenizer.from_pretrained(model_folder())
+    ids = np.array(tokenizer("It is 雨 today", add_special_tokens=False)["input_ids"])
+    shown = token_strings(tokenizer, range(len(tokenizer)))
+    parts = [at for at, each in enumerate(ids.tolist()) if is_part_of_character(shown[each])]
+    trial = Trial(Passage(0, 0, ids, np.zeros(len(ids), np.float32)), np.array(parts[-1:]), True)
+    user = ask("rain", "fuzzing", [trial], shown, WordReader(tokenizer).pieces).user
+    assert "<<雨>>" in user and "<0x" not in user

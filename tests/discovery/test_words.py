@@ -128,6 +128,19 @@ def test_the_text_is_the_tokenizers_own_and_every_token_lies_in_one_word(tokeniz
 
 
 @pytest.mark.parametrize("language", TEXTS)
+def test_a_character_of_several_tokens_is_shown_by_the_first_of_them(tokenizer, language):
+    reader = WordReader(tokenizer)
+    ids = encoded(tokenizer, TEXTS[language])
+    found, read = reader.pieces(ids), reader.read(ids)
+    assert "".join(found.texts) == read.text
+    for token, (by, begin) in enumerate(zip(found.shown_by.tolist(), read.offsets[:, 0].tolist(), strict=True)):
+        assert by <= token
+        if ids[token] not in tokenizer.all_special_ids:
+            before = sum(len(text) for text in found.texts[:by])
+            assert before <= begin < before + len(found.texts[by]), "what is shown there holds the token's own place"
+
+
+@pytest.mark.parametrize("language", TEXTS)
 def test_each_token_lies_where_the_tokenizers_own_offsets_say(tokenizer, language):
     text = TEXTS[language]
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)

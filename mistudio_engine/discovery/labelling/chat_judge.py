@@ -15,6 +15,8 @@ from mistudio_engine.api.scores import ScoringMethod
 from mistudio_engine.discovery.labelling.budget import BudgetReached
 from mistudio_engine.discovery.labelling.chat import Answer, Chat, NoAnswer, Question
 from mistudio_engine.discovery.labelling.scoring import Case, Claim, Judged, Trial, Verdicts
+from mistudio_engine.discovery.words import Pieces
+from mistudio_engine.models.vocabulary import is_part_of_character
 
 __all__ = ["MOST_AT_ONCE", "ChatJudge", "parse_verdicts", "prompt_tokens", "question"]
 
@@ -68,6 +70,7 @@ class ChatJudge:
     Args:
         chat: who is asked; it may be another model than the one that wrote the labels.
         token_strings: text of each id; "" for ids that stand for no text.
+        pieces: a passage's tokens as they read together, asked where one of them is only a part of a character.
         n_shown: texts in a question, at most.
         close: called on the loop in which the chat was asked, at the end.
     """
@@ -77,10 +80,12 @@ class ChatJudge:
         chat: Chat,
         token_strings: Sequence[str],
         *,
+        pieces: Callable[[Sequence[int]], Pieces] | None = None,
         n_shown: int = 10,
         close: Callable[[], Coroutine[Any, Any, None]] | None = None,
     ) -> None:
-        self._chat, self._strings, self._n_shown, self.close_chat = chat, token_strings, n_shown, close
+        self._chat, self._n_shown, self.close_chat = chat, n_shown, close
+        self._strings, self._pieces = token_strings, pieces
         self.stopped_by: BudgetReached | None = None
         """Why it stopped before the end, if the budget made it."""
 
@@ -126,7 +131,7 @@ class ChatJudge:
 
     def ask(self, claim: Claim, method: ScoringMethod, items: Sequence[Trial]) -> Any:
         """The answer to come."""
-        return self._chat.ask(question(claim.text, method, items, self._strings))
+        return self._chat.ask(question(claim.text, method, items, self._strings, self._pieces))
 
 
 class _Board:
@@ -217,9 +222,15 @@ class _Board:
         self._loop.run_until_complete(self._loop.shutdown_asyncgens())
 
 
-def question(claim: str, method: ScoringMethod, items: Sequence[Trial], token_strings: Sequence[str]) -> Question:
+def question(
+    claim: str,
+    method: ScoringMethod,
+    items: Sequence[Trial],
+    token_strings: Sequence[str],
+    pieces: Callable[[Sequence[int]], Pieces] | None = None,
+) -> Question:
     """What is asked of a few items."""
-    texts = [json.dumps(_text(trial, token_strings), ensure_ascii=False) for trial in items]
+    texts = [json.dumps(_text(trial, token_strings, pieces), ensure_ascii=False) for trial in items]
     numbered = "\n".join(f"{number}. {text}" for number, text in enumerate(texts, start=1))
     description = json.dumps(claim, ensure_ascii=False)
     return Question(
@@ -243,13 +254,18 @@ def question(claim: str, method: ScoringMethod, items: Sequence[Trial], token_st
     )
 
 
-def _text(trial: Trial, token_strings: Sequence[str]) -> str:
+def _text(trial: Trial, token_strings: Sequence[str], pieces: Callable[[Sequence[int]], Pieces] | None = None) -> str:
     """The passage, with neighbouring marked tokens between << and >>."""
     marked = set() if trial.marked is None else set(trial.marked.tolist())
+    ids = trial.passage.token_ids.tolist()
+    strings = [token_strings[token_id] for token_id in ids]
+    if pieces is not None and any(map(is_part_of_character, strings)):
+        strings, shown_by = pieces(ids)
+        marked = {int(shown_by[place]) for place in marked}
     text = ""
-    for place, token_id in enumerate(map(int, trial.passage.token_ids)):
+    for place, string in enumerate(strings):
         # A mark that stands in the text itself would be taken for one of ours.
-        token = token_strings[token_id].replace("<<", "‹‹").replace(">>", "››")
+        token = string.replace("<<", "‹‹").replace(">>", "››")
         opens, closes = place in marked and place - 1 not in marked, place in marked and place + 1 not in marked
         text += f"{'<<' if opens else ''}{token}{'>>' if closes else ''}"
     return text

@@ -18,6 +18,8 @@ from mistudio_engine.api.prompt_variables import expand
 from mistudio_engine.discovery.extraction_store import Example
 from mistudio_engine.discovery.labelling.chat import Question
 from mistudio_engine.discovery.labelling.labeller import Evidence
+from mistudio_engine.discovery.words import Pieces
+from mistudio_engine.models.vocabulary import is_part_of_character
 
 __all__ = ["LABEL_SCHEMA", "SYSTEM_MESSAGE", "USER_PROMPT", "Notes", "Place", "Prompt", "Shown", "firing", "silent"]
 
@@ -136,6 +138,8 @@ class Prompt:
 
     Args:
         strings: text of each id, leading spaces kept.
+        pieces: a context's tokens as they read together, asked where one of them is only a part of a character; without
+            it such tokens are shown as bytes.
         place: where the features are from.
         system_message: with variables; the default one above. That data is data is said after it in any case.
         user_prompt: with variables.
@@ -151,12 +155,13 @@ class Prompt:
         strings: Callable[[Iterable[int]], Sequence[str]],
         place: Place,
         *,
+        pieces: Callable[[Sequence[int]], Pieces] | None = None,
         system_message: str = SYSTEM_MESSAGE,
         user_prompt: str = USER_PROMPT,
         n_examples: int = 16,
         n_negatives: int = 4,
     ) -> None:
-        self._strings, self._place = strings, place
+        self._strings, self._place, self._pieces = strings, place, pieces
         self._system, self._user = system_message, user_prompt
         self.n_examples, self.n_negatives = n_examples, n_negatives
         self._texts: dict[int, str] = {}
@@ -197,21 +202,32 @@ class Prompt:
     def _activations(self, example: Example) -> str:
         """The marked tokens with their activations, strongest first."""
         strongest = sorted(_marked(example), key=lambda at: -float(example.values[at]))
-        texts = self._plain_texts([int(example.token_ids[at]) for at in strongest])
-        active = zip(texts, strongest, strict=True)
-        return ", ".join(f"“{text}” {example.values[at]:.3g}" for text, at in active)
+        texts, shown_by = self._read(example, *_window(example, _peak(example)))
+        return ", ".join(f"“{texts[shown_by[at]]}” {example.values[at]:.3g}" for at in strongest)
 
     def _text(self, example: Example, centre: int) -> str:
         """What stands around a token on one line, with the tokens marked on which it fires."""
         start, stop = _window(example, centre)
-        marked = _marked(example)
+        texts, shown_by = self._read(example, start, stop)
+        marked = {shown_by.get(at) for at in _marked(example)}
         pieces = ["… " if start > 0 else ""]
-        for at, text in enumerate(self._plain_texts(example.token_ids[start:stop].tolist()), start=start):
+        for at, text in texts.items():
             if at in marked:
                 core = text.lstrip(" ")
                 text = f"{text[: len(text) - len(core)]}«{core or ' '}»"
             pieces.append(text)
         return "".join(pieces) + (" …" if stop < len(example.token_ids) else "")
+
+    def _read(self, example: Example, start: int, stop: int) -> tuple[dict[int, str], dict[int, int]]:
+        """The texts of a window's tokens by position, and the position at which each is shown."""
+        ids = example.token_ids[start:stop].tolist()
+        texts = self._plain_texts(ids)
+        places = range(start, stop)
+        if self._pieces is None or not any(map(is_part_of_character, texts)):
+            return dict(zip(places, texts, strict=True)), dict(zip(places, places, strict=True))
+        pieces = self._pieces(ids)
+        shown = (_plain(text, _LONGEST_TOKEN) for text in pieces.texts)
+        return dict(zip(places, shown, strict=True)), dict(zip(places, (pieces.shown_by + start).tolist(), strict=True))
 
     def _tokens(self, examples: Sequence[Example]) -> str:
         """The tokens on which it fires in the explain contexts, those that carry most activation first."""
