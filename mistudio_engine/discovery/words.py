@@ -62,7 +62,7 @@ class Pieces(NamedTuple):
     """(n_tokens,) what each token shows; a character that several tokens share is shown by the first of them."""
 
     shown_by: NDArray[np.int64]
-    """(n_tokens,) the token that shows the first character of each: itself, unless that belongs to one before."""
+    """(n_tokens,) where to look for each token: itself where it shows anything, else what shows its character."""
 
 
 class WordReader:
