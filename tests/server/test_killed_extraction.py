@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from mistudio_engine.demo.embedded import DEMO_HOOK
 from mistudio_engine.discovery.extraction import load_extraction
 from mistudio_engine.server.serve import stop
 from tests.server.test_process import bring_in, kill, until
-from tests.server.test_training_life import ROOT, at_its_end, private_disk
+from tests.server.test_training_life import ROOT, at_its_end, filled, private_disk
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -110,9 +109,7 @@ def test_it_waits_while_the_disk_is_full(tmp_path: Path) -> None:
 
 
 def wait_out_a_full_disk(studio: Studio, home: Path) -> None:
-    filler = home / "filler"
-    with filler.open("wb") as file:
-        file.write(b"\0" * (shutil.disk_usage(home).free - (1 << 20)))  # records find room, an extraction does not
+    filler = filled(home)  # records find room, an extraction does not
     job = studio.extract(sae="small", features=list(range(256)))
     paused = until(lambda: (seen := studio.show_job(job=job.slug)).state == "paused" and seen, "the pause")
     assert paused.error is not None and paused.error.code == "disk_full"

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -313,6 +314,16 @@ def private_disk(home: Path, n_mib: int) -> list[str]:
     return command
 
 
+def filled(disk: Path, left: int = 1 << 20) -> Path:
+    """A file that leaves so many bytes free, whatever somebody else writes meanwhile."""
+    filler = disk / "filler"
+    with suppress(OSError), filler.open("wb") as file:
+        file.write(b"\0" * (shutil.disk_usage(disk).free - left))
+    if (missing := left - shutil.disk_usage(disk).free) > 0:
+        os.truncate(filler, max(0, filler.stat().st_size - missing))
+    return filler
+
+
 def test_a_training_waits_while_the_disk_is_full(tmp_path: Path) -> None:
     home = tmp_path / "home"
     within = private_disk(home, 96)
@@ -334,10 +345,7 @@ def wait_out_a_full_disk(studio: Studio, home: Path) -> None:
     studio.train_sae(**call, name="with-space").wait(60)
     job = studio.train_sae(**call, name="without")
     until(lambda: studio.show_job(job=job.slug).checkpoint, "a checkpoint")
-    filler = home / "filler"
-    with filler.open("wb") as file:
-        free = shutil.disk_usage(home).free
-        file.write(b"\0" * (free - (1 << 20)))  # the records still find room, a checkpoint of 3 MiB does not
+    filler = filled(home)  # the records still find room, a checkpoint of 3 MiB does not
     paused = until(lambda: (seen := studio.show_job(job=job.slug)).state == "paused" and seen, "the pause")
     assert re.search(r"needs \d[\d.]* MiB of disk and \d[\d.]* [KM]iB is free", paused.message), paused.message
     assert "make space, then resume it" in paused.message
