@@ -137,6 +137,7 @@ def concepts() -> Iterator[Row]:
         TrainSAE,
     )
     from mistudio_engine.api.records import SAERecord
+    from mistudio_engine.demo.check import carriers
     from mistudio_engine.demo.embedded import DEMO_HOOK, DEMO_SAE
     from mistudio_engine.handlers import REGISTRY
     from mistudio_engine.runtime.engine import Engine
@@ -155,10 +156,10 @@ def concepts() -> Iterator[Row]:
             ):
                 job = engine.jobs.wait(engine.call(operation).slug, 110)
                 assert job.state == "completed", job.error
-            carriers = carriers_of_concepts(Path(home) / engine.store.get(SAERecord, "demo").folder, DEMO_HOOK)
+            known = carriers(Path(home) / engine.store.get(SAERecord, "demo").folder, DEMO_HOOK)
             for shown, mode in itertools.product((True, False), ("meaning", "auto", "text")):
                 places, missed = [], []
-                for concept, features in carriers:
+                for concept, features in known:
                     page = engine.call(
                         SearchFeatures(
                             query=concept.description,
@@ -227,32 +228,6 @@ def text() -> Iterator[Row]:
         yield Row(f"forward pass, beside {architecture} of {d_sae}", plain, "ms")
         yield Row("  which features fire", found, "ms")
         yield Row("  as a multiple of the pass", found / plain, "x", 2.0)
-
-
-def carriers_of_concepts(folder: Path, hook_name: str) -> list[tuple[Any, set[int]]]:
-    """The concepts that at least one feature carries by itself, with those features, on text nobody has trained on."""
-    import torch
-
-    from mistudio_engine.demo.check import FOUND_AT, held_out_tokens
-    from mistudio_engine.demo.concepts import CONCEPTS
-    from mistudio_engine.demo.embedded import model_folder
-    from mistudio_engine.demo.truth import areas_of, concept_scores, mean_ranks
-    from mistudio_engine.models.language_model import LanguageModel
-    from mistudio_engine.saes import load_sae
-
-    lm = LanguageModel.load(model_folder(), name="embedded")
-    held_out = held_out_tokens(lm, hook_name)
-    with torch.no_grad():
-        acts = load_sae(folder).encode(held_out.sae_in)
-    choosing = held_out.document % 2 == 0
-    scores = concept_scores(acts, held_out.sae_in, held_out.masks, choosing)
-    ranks = mean_ranks(acts[~choosing])
-    found = []
-    for concept, score, mask in zip(CONCEPTS, scores, held_out.masks.T, strict=True):
-        if score.single > FOUND_AT:
-            carrying = (areas_of(ranks, mask[~choosing]) > FOUND_AT).nonzero().squeeze(1)
-            found.append((concept, {score.feature, *carrying.tolist()}))
-    return found
 
 
 def _narrow() -> Any:

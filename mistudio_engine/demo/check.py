@@ -12,14 +12,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mistudio_engine.demo.concepts import CONCEPTS, Concept
 from mistudio_engine.demo.embedded import HELD_OUT_SEED, corpus, model_folder
 from mistudio_engine.demo.masks import concept_mask
-from mistudio_engine.demo.truth import ConceptScore, concept_scores
+from mistudio_engine.demo.truth import ConceptScore, areas_of, concept_scores, mean_ranks
 from mistudio_engine.models.hooks import activations
 from mistudio_engine.models.language_model import LanguageModel
 from mistudio_engine.saes import load_sae
 
-__all__ = ["FOUND_AT", "HeldOut", "check_concepts", "held_out_tokens"]
+__all__ = ["FOUND_AT", "HeldOut", "carriers", "check_concepts", "held_out_tokens"]
 
 FOUND_AT = 0.95
 """A concept counts as found above this AUROC on held-out text."""
@@ -63,3 +64,24 @@ def check_concepts(folder: Path, hook_name: str, n_documents: int = N_DOCUMENTS)
     feature_acts = load_sae(folder).encode(held_out.sae_in)
     with torch.enable_grad():  # the probes are fitted
         return concept_scores(feature_acts, held_out.sae_in, held_out.masks, held_out.document % 2 == 0)
+
+
+@torch.no_grad()
+def carriers(folder: Path, hook_name: str) -> list[tuple[Concept, set[int]]]:
+    """The concepts that single features of the SAE in a folder carry, with those features, on held-out text.
+
+    A concept is there if the feature that was chosen for it on half of the documents is found to carry it on the other
+    half; the features beside it are those that do so there, too.
+    """
+    held_out = held_out_tokens(LanguageModel.load(model_folder(), name="embedded"), hook_name)
+    acts = load_sae(folder).encode(held_out.sae_in)
+    choosing = held_out.document % 2 == 0
+    with torch.enable_grad():  # the probes are fitted
+        scores = concept_scores(acts, held_out.sae_in, held_out.masks, choosing)
+    ranks = mean_ranks(acts[~choosing])
+    found = []
+    for concept, score, mask in zip(CONCEPTS, scores, held_out.masks.T, strict=True):
+        if score.single > FOUND_AT:
+            carrying = (areas_of(ranks, mask[~choosing]) > FOUND_AT).nonzero().squeeze(1)
+            found.append((concept, {score.feature, *carrying.tolist()}))
+    return found

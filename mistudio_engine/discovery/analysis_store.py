@@ -6,7 +6,6 @@ others. It knows neither spaCy nor jobs.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import pyarrow.parquet as pq
 
 from mistudio_engine.api.analysis import FeatureAnalysis
 from mistudio_engine.api.errors import CorruptFile
+from mistudio_engine.saes.folders import new_file
 
 __all__ = ["ANALYSIS_FILE", "join_parts", "part_features", "read_analysis", "write_part"]
 
@@ -76,11 +76,7 @@ def read_analysis(folder: Path, index: int) -> FeatureAnalysis | None:
 
 
 def _write(path: Path, tables: Iterable[pa.Table]) -> None:
-    part = path.with_name(path.name + ".part")
-    with pq.ParquetWriter(part, _SCHEMA, compression="zstd") as writer:
+    with new_file(path) as part, pq.ParquetWriter(part, _SCHEMA, compression="zstd") as writer:
         for table in tables:
             if len(table):
                 writer.write_table(table.cast(_SCHEMA), row_group_size=_ROWS_TOGETHER)
-    with part.open("rb") as file:
-        os.fsync(file.fileno())
-    part.rename(path)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +16,8 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from mistudio_engine.saes.folders import new_file
 
 __all__ = ["Keeper", "read_checkpoint", "write_checkpoint"]
 
@@ -87,20 +88,12 @@ class Keeper:
 
 def write_checkpoint(path: Path, arrays: Mapping[str, NDArray], what: Mapping[str, Any]) -> Iterator[None]:
     """Write it, an array a step; it has its name when the iterator ends. `what` is compared when it is read."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("wb") as file:
-            with zipfile.ZipFile(file, "w") as archive:
-                archive.writestr(f"{_WHAT}.json", json.dumps(what, sort_keys=True))
-                for name, array in arrays.items():
-                    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                        np.lib.format.write_array(member, np.ascontiguousarray(array), allow_pickle=False)
-                    yield
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with new_file(path) as part, zipfile.ZipFile(part, "w") as archive:
+        archive.writestr(f"{_WHAT}.json", json.dumps(what, sort_keys=True))
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.ascontiguousarray(array), allow_pickle=False)
+            yield
 
 
 def read_checkpoint(path: Path, what: Mapping[str, Any]) -> dict[str, NDArray] | None:

@@ -7,7 +7,6 @@ seed give the same map. It knows neither what the vectors are nor any labels.
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,6 +17,7 @@ import pyarrow.parquet as pq
 from numpy.typing import ArrayLike, NDArray
 
 from mistudio_engine.api.errors import BadInput, CorruptFile, NotFound, WrongShape
+from mistudio_engine.saes.folders import new_file
 
 __all__ = ["Layout", "StoredMap", "lay_out", "lay_out_file", "pca", "read_map", "umap", "write_map"]
 
@@ -149,11 +149,8 @@ def write_map(path: Path, index: ArrayLike, layout: Layout, settings: dict[str, 
         {"index": np.asarray(index, dtype=np.int64), "x": layout.xy[:, 0], "y": layout.xy[:, 1]},
         metadata={"mistudio": json.dumps(told)},
     )
-    part = path.with_name(path.name + ".part")
-    pq.write_table(table, part)
-    with part.open("rb") as file:
-        os.fsync(file.fileno())
-    part.rename(path)
+    with new_file(path) as part:
+        pq.write_table(table, part)
 
 
 def read_map(path: Path) -> StoredMap:

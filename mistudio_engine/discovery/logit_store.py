@@ -7,7 +7,6 @@ they come about is logit_lens.py's business.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors.numpy import save_file
 
 from mistudio_engine.api.errors import CorruptFile, NotFound
 from mistudio_engine.discovery.logit_lens import LogitLens
+from mistudio_engine.saes.folders import new_file
 
 __all__ = ["LogitDistribution", "LogitEffects", "LogitReader", "read_logits", "write_logits"]
 
@@ -60,11 +60,8 @@ class LogitDistribution(NamedTuple):
 def write_logits(path: Path, lens: LogitLens, plain: LogitLens | None = None) -> None:
     """Write a lens, and the form without the gain beside it; the file appears whole or not at all."""
     arrays = lens._asdict() | ({PLAIN + name: value for name, value in plain._asdict().items()} if plain else {})
-    part = path.with_name(path.name + ".part")
-    save_file({name: np.ascontiguousarray(value) for name, value in arrays.items()}, part)
-    with part.open("rb") as file:
-        os.fsync(file.fileno())
-    part.rename(path)
+    with new_file(path) as part:
+        save_file({name: np.ascontiguousarray(value) for name, value in arrays.items()}, part)
 
 
 @contextmanager

@@ -6,7 +6,6 @@ is plain arrays; it knows no records and no labels.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from mistudio_engine.api.errors import BadInput, CorruptFile, WrongShape
 from mistudio_engine.discovery.logit_store import LogitEffects
+from mistudio_engine.saes.folders import new_file
 
 __all__ = [
     "cosines",
@@ -42,12 +42,8 @@ def unit_rows(W_dec: torch.Tensor) -> NDArray[np.float32]:
 
 def write_directions(path: Path, rows: NDArray[np.float32]) -> None:
     """Keep unit rows in a file that is whole or not there."""
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
+    with new_file(path) as part, part.open("wb") as file:
         np.save(file, np.ascontiguousarray(rows, np.float32), allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())
-    part.rename(path)
 
 
 def read_directions(path: Path) -> NDArray[np.float32]:

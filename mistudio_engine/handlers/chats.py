@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from mistudio_engine.api.errors import BadInput
+from mistudio_engine.api.operations.labels import LabelFeatures
+from mistudio_engine.api.operations.scores import ScoreLabels
 from mistudio_engine.discovery.labelling.addresses import check_address
 from mistudio_engine.discovery.labelling.budget import Budget, Prices
 from mistudio_engine.discovery.labelling.ollama_chat import OllamaServer
@@ -48,29 +50,21 @@ def require_person_for_address(base_url: str | None) -> None:
         require_person("say which server is asked (base_url); without it the setting labelling_base_url counts")
 
 
-def connection(
-    engine: Engine,
-    provider: str,
-    *,
-    model: str | None = None,
-    base_url: str | None = None,
-    price_per_million_input: float | None = None,
-    price_per_million_output: float | None = None,
-) -> Connection:
+def connection(operation: LabelFeatures | ScoreLabels, engine: Engine, provider: str) -> Connection:
     """Whom a call asks: what it says itself, else what is set.
 
     Raises:
         BadInput: no model, no address, no key where one is needed, or an address that is none.
         Unsupported: the engine is offline and the server is elsewhere.
     """
-    model = model or setting(engine, "labelling_model")
+    model = operation.model or setting(engine, "labelling_model")
     if model is None:
         raise BadInput(
             f"Which model of {provider} is to be asked?",
             fix="Give model, such as gpt-4o-mini or llama3.2, or set labelling_model (set_setting).",
         )
     where = {"openai": "openai_base_url", "ollama": "ollama_base_url", "compatible": "labelling_base_url"}[provider]
-    address = base_url or setting(engine, where)
+    address = operation.base_url or setting(engine, where)
     if address is None:
         raise BadInput(
             "Where does the OpenAI-compatible server listen?",
@@ -78,7 +72,10 @@ def connection(
         )
     address = check_address(address, offline=engine.offline)
     found = Connection(
-        provider, model, address, _prices(engine, provider, price_per_million_input, price_per_million_output)
+        provider,
+        model,
+        address,
+        _prices(engine, provider, operation.price_per_million_input, operation.price_per_million_output),
     )
     if provider == "openai":
         needs_key(address, _key(engine, found))

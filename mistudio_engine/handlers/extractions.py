@@ -52,6 +52,7 @@ from mistudio_engine.runtime.engine import Engine
 from mistudio_engine.runtime.files import sha256_folder
 from mistudio_engine.runtime.jobs import JobContext
 from mistudio_engine.saes import SAE
+from mistudio_engine.saes.folders import new_file
 
 LOGITS_KEPT = 100
 """Tokens kept at each end of a feature's logits: what the export may ask for."""
@@ -337,7 +338,8 @@ def _scores(
     """Write how well the text alone tells where each feature fires."""
     work = interpretability(store, special_ids=frozenset(special))
     found = yield from _staged(work, "interpretability", LENS, SCORES, start, share)
-    pq.write_table(pa.table(found._asdict()), making.folder / INTERPRETABILITY_FILE)
+    with new_file(making.folder / INTERPRETABILITY_FILE) as part:
+        pq.write_table(pa.table(found._asdict()), part)
 
 
 def _staged(

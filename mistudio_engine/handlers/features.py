@@ -516,16 +516,7 @@ def _row(known: Knowledge, index: int) -> FeatureRow:
             return known.row(index)
         except NotFound:
             pass  # the extraction covers a selection only
-    key, label = FeatureKey(known.sae.slug, index), known.labels.get(index)
-    return FeatureRow(
-        ref=key.ref,
-        id=key.id,
-        sae=known.sae.slug,
-        index=index,
-        label=label.label if label else None,
-        category=label.category if label else None,
-        confidence=label.confidence if label else None,
-    )
+    return known.named(index)
 
 
 # -- on a text

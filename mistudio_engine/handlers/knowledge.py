@@ -147,11 +147,9 @@ class Knowledge:
         score = float(self.interpretability[self.at(index)])
         return None if math.isnan(score) else score
 
-    def row(self, index: int, **matched: Any) -> FeatureRow:
-        """A feature in a list."""
-        stats = self.extraction.feature(index)
-        label = self.labels.get(index)
-        key = FeatureKey(self.sae.slug, index)
+    def named(self, index: int) -> FeatureRow:
+        """A feature with its label, and nothing that only an extraction knows."""
+        label, key = self.labels.get(index), FeatureKey(self.sae.slug, index)
         return FeatureRow(
             ref=key.ref,
             id=key.id,
@@ -160,12 +158,18 @@ class Knowledge:
             label=label.label if label else None,
             category=label.category if label else None,
             confidence=label.confidence if label else None,
-            activation_frequency=stats.frequency,
-            max_activation=stats.max,
-            mean_activation=stats.mean,
-            interpretability=self.interpretability_of(index),
-            **matched,
         )
+
+    def row(self, index: int) -> FeatureRow:
+        """A feature in a list; NotFound where the extraction does not cover it."""
+        stats = self.extraction.feature(index)
+        known = {
+            "activation_frequency": stats.frequency,
+            "max_activation": stats.max,
+            "mean_activation": stats.mean,
+            "interpretability": self.interpretability_of(index),
+        }
+        return self.named(index).model_copy(update=known)
 
     def top_tokens(self, index: int, n: int) -> list[TopToken]:
         """Tokens on which a feature fires most often."""

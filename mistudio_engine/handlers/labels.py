@@ -18,7 +18,7 @@ from mistudio_engine.discovery.labelling.labeller import Labeller, gather_eviden
 from mistudio_engine.discovery.labelling.llm import LLMLabeller
 from mistudio_engine.discovery.labelling.prompts import SYSTEM_MESSAGE, USER_PROMPT, Notes, Place, Prompt
 from mistudio_engine.discovery.labelling.token_pattern import TokenPatternLabeller
-from mistudio_engine.handlers.chats import Connection, budget_for, connection, open_chat, require_person_for_address
+from mistudio_engine.handlers.chats import budget_for, connection, open_chat, require_person_for_address
 from mistudio_engine.handlers.knowledge import DERIVED_FOLDER, Knowledge
 from mistudio_engine.handlers.label_book import LabelBook, asked_for, stays
 from mistudio_engine.handlers.registry import Planned, handles, plans, runs
@@ -75,7 +75,7 @@ def _plan_token_pattern(operation: LabelFeatures, known: Knowledge) -> Plan:
 
 
 def _plan_llm(operation: LabelFeatures, engine: Engine, known: Knowledge) -> Plan:
-    to = _connection(operation, engine)
+    to = connection(operation, engine, _provider(operation, engine))
     budget_for(to, operation.max_usd)
     wanted = [index for index in asked_for(operation, known) if not stays(operation, known.labels.get(index))]
     prompt, notes = _prompt(operation, known), _notes(known)
@@ -116,24 +116,14 @@ def _measured_seconds(engine: Engine, method: str) -> float | None:
     return None
 
 
-def _connection(operation: LabelFeatures, engine: Engine) -> Connection:
-    return connection(
-        engine,
-        _provider(operation, engine),
-        model=operation.model,
-        base_url=operation.base_url,
-        price_per_million_input=operation.price_per_million_input,
-        price_per_million_output=operation.price_per_million_output,
-    )
-
-
 @runs(LabelFeatures, lane="io", resumes="start")
 def run_label_features(
     operation: LabelFeatures, engine: Engine, context: JobContext
 ) -> Generator[Progress, Signal, LabellingReport]:
     with Knowledge.of(engine, operation.sae) as known:
         book = LabelBook(operation, engine, context, known)
-        to = None if _provider(operation, engine) == "token_pattern" else _connection(operation, engine)
+        provider = _provider(operation, engine)
+        to = None if provider == "token_pattern" else connection(operation, engine, provider)
         budget = Budget() if to is None else budget_for(to, operation.max_usd, book.usd_before(to.prices))
         if to is None:
             labeller: Labeller = _token_pattern(known)

@@ -37,6 +37,7 @@ from mistudio_engine.runtime.engine import Engine, caller
 from mistudio_engine.runtime.files import atomic_folder, require_free, slugify, write_atomic
 from mistudio_engine.runtime.jobs import JobContext
 from mistudio_engine.saes import load_sae
+from mistudio_engine.saes.folders import new_file
 
 NEURONPEDIA = "https://neuronpedia-datasets.s3.us-east-1.amazonaws.com"
 """The bucket of its public data set; everything lies below v1/."""
@@ -357,16 +358,11 @@ class _Import:
                     rows = []
             yield pa.Table.from_pylist(rows, schema=EXAMPLES_SCHEMA)
 
-        part = self._piece(name).with_suffix(".part")
-        try:
-            with pq.ParquetWriter(part, EXAMPLES_SCHEMA) as writer:
-                for table in tables():
-                    if len(table):
-                        writer.write_table(table)
-                    yield shares[-1] if shares else 1.0
-            part.rename(self._piece(name))
-        finally:
-            part.unlink(missing_ok=True)
+        with new_file(self._piece(name)) as part, pq.ParquetWriter(part, EXAMPLES_SCHEMA) as writer:
+            for table in tables():
+                if len(table):
+                    writer.write_table(table)
+                yield shares[-1] if shares else 1.0
 
     def _piece(self, name: FileName) -> Path:
         return self.folder / f"{name.kind}-{name.batch}.parquet"
@@ -441,14 +437,9 @@ def _check(
 
 
 def _write_parquet(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> None:
-    part = path.with_suffix(".part")
-    try:
-        with pq.ParquetWriter(part, schema) as writer:
-            for table in tables:
-                writer.write_table(table)
-        part.rename(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with new_file(path) as part, pq.ParquetWriter(part, schema) as writer:
+        for table in tables:
+            writer.write_table(table)
 
 
 @handles(ShowPublished)

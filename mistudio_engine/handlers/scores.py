@@ -26,7 +26,7 @@ from mistudio_engine.discovery.labelling.passages import Passage
 from mistudio_engine.discovery.labelling.rule_judge import RuleJudge
 from mistudio_engine.discovery.labelling.scoring import OTHER_LABEL, TOP_TOKEN, Case, Judged, method_score
 from mistudio_engine.discovery.labelling.token_pattern import TokenPatternLabeller
-from mistudio_engine.handlers.chats import Connection, budget_for, connection, open_chat, require_person_for_address
+from mistudio_engine.handlers.chats import budget_for, connection, open_chat, require_person_for_address
 from mistudio_engine.handlers.knowledge import Knowledge
 from mistudio_engine.handlers.registry import Planned, plans, runs
 from mistudio_engine.handlers.resources import fitting_model, language_model, open_tokens, sparse_autoencoder
@@ -150,7 +150,7 @@ def _plan_by_rule(operation: ScoreLabels, known: Knowledge, wanted: list[int]) -
 
 
 def _plan_llm(operation: ScoreLabels, engine: Engine, known: Knowledge, wanted: list[int]) -> Plan:
-    to = _connection(operation, engine)
+    to = connection(operation, engine, operation.provider)
     budget_for(to, operation.max_usd)
     n_items = 2 * operation.n
     n_claims = 3  # the label, another feature's, the top token
@@ -183,24 +183,13 @@ def _plan_llm(operation: ScoreLabels, engine: Engine, known: Knowledge, wanted: 
     )
 
 
-def _connection(operation: ScoreLabels, engine: Engine) -> Connection:
-    return connection(
-        engine,
-        operation.provider,
-        model=operation.model,
-        base_url=operation.base_url,
-        price_per_million_input=operation.price_per_million_input,
-        price_per_million_output=operation.price_per_million_output,
-    )
-
-
 @runs(ScoreLabels, lane="io", resumes="start")
 def run_score_labels(
     operation: ScoreLabels, engine: Engine, context: JobContext
 ) -> Generator[Progress, Signal, ScoringReport]:
     with Knowledge.of(engine, operation.sae) as known:
         book = _Book(operation, engine, context, known)
-        to = None if operation.provider == RULE else _connection(operation, engine)
+        to = None if operation.provider == RULE else connection(operation, engine, operation.provider)
         budget = Budget() if to is None else budget_for(to, operation.max_usd, book.usd(to.prices))
         signal = Signal.GO
         if book.wanted:

@@ -1,7 +1,7 @@
-"""A folder that is there whole or not at all.
+"""A folder, or a file, that is there whole or not at all.
 
-Files are written beside it under a `.part` name, synced to the disk, and the folder renamed into place: after a crash a
-folder with a final name is complete. It does not know what is in the folder.
+It is written beside its place under a `.part` name, synced to the disk and renamed: after a crash what has its final
+name is complete. It does not know what is in it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mistudio_engine.api.errors import Conflict, DiskFull
 
-__all__ = ["new_folder"]
+__all__ = ["new_file", "new_folder"]
 
 
 @contextmanager
@@ -57,6 +57,19 @@ def new_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
         raise DiskFull.of(f"Writing {folder.name}", written, shutil.disk_usage(folder.parent).free) from error
     finally:
         _remove(part)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A path to write to, whose file takes the place of `path` when the block ends well, and goes when it does not."""
+    part = path.with_name(path.name + ".part")
+    try:
+        yield part
+        _sync(part)
+        part.replace(path)
+        _sync(path.parent)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

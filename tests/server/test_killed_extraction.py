@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,12 +10,11 @@ from typing import Any
 import pytest
 
 from mistudio_engine.api.client import Studio, connect
-from mistudio_engine.api.home import probe
 from mistudio_engine.demo.embedded import DEMO_HOOK
 from mistudio_engine.discovery.extraction import load_extraction
 from mistudio_engine.server.serve import stop
 from tests.server.test_process import bring_in, kill, until
-from tests.server.test_training_life import ROOT, at_its_end, filled, private_disk
+from tests.server.test_training_life import at_its_end, filled, on_a_private_disk
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -92,20 +88,10 @@ def test_a_cancelled_one_ends_at_once_and_leaves_nothing(home: Path) -> None:
 
 
 def test_it_waits_while_the_disk_is_full(tmp_path: Path) -> None:
-    home = tmp_path / "home"
-    within = private_disk(home, 64)
-    command = [*within, sys.executable, "-m", "mistudio_engine.server", "serve", "--home", str(home)]
-    with open(tmp_path / "log", "w") as log, subprocess.Popen(command, cwd=ROOT, stderr=log) as process:
-        try:
-            inside = Path(f"/proc/{process.pid}/root{home}")  # the same file system, from outside
-            until(lambda: (inside / "engine.json").exists() and probe(inside), "an engine")
-            with connect(inside, autostart=False) as studio:
-                bring_in(studio)
-                studio.train_sae(**WIDE | {"d_sae": 1024}, **SHORT, name="small").wait(60)
-                wait_out_a_full_disk(studio, inside)
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(20)
+    with on_a_private_disk(tmp_path, 64) as (studio, home):
+        bring_in(studio)
+        studio.train_sae(**WIDE | {"d_sae": 1024}, **SHORT, name="small").wait(60)
+        wait_out_a_full_disk(studio, home)
 
 
 def wait_out_a_full_disk(studio: Studio, home: Path) -> None:

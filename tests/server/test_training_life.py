@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -324,19 +324,25 @@ def filled(disk: Path, left: int = 1 << 20) -> Path:
     return filler
 
 
-def test_a_training_waits_while_the_disk_is_full(tmp_path: Path) -> None:
-    home = tmp_path / "home"
-    within = private_disk(home, 96)
-    command = [*within, sys.executable, "-m", "mistudio_engine.server", "serve", "--home", str(home)]
-    with open(tmp_path / "log", "w") as log, subprocess.Popen(command, cwd=ROOT, stderr=log) as process:
+@contextmanager
+def on_a_private_disk(folder: Path, n_mib: int) -> Iterator[tuple[Studio, Path]]:
+    """A client of an engine that has a disk of this size to itself, and its data directory as it is seen from here."""
+    home = folder / "home"
+    command = [*private_disk(home, n_mib), sys.executable, "-m", "mistudio_engine.server", "serve", "--home", str(home)]
+    with open(folder / "log", "w") as log, subprocess.Popen(command, cwd=ROOT, stderr=log) as process:
         try:
             inside = Path(f"/proc/{process.pid}/root{home}")  # the same file system, from outside
             until(lambda: (inside / "engine.json").exists() and probe(inside), "an engine")
             with connect(inside, autostart=False) as studio:
-                wait_out_a_full_disk(studio, inside)
+                yield studio, inside
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait(20)
+
+
+def test_a_training_waits_while_the_disk_is_full(tmp_path: Path) -> None:
+    with on_a_private_disk(tmp_path, 96) as (studio, home):
+        wait_out_a_full_disk(studio, home)
 
 
 def wait_out_a_full_disk(studio: Studio, home: Path) -> None:
