@@ -1,8 +1,10 @@
-"""One engine with a small trained SAE, and a `call` that goes through each door in turn."""
+"""An engine a module with a small trained SAE, and a `call` that goes through each door in turn."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch
 from mistudio_engine.api.operations import EvalSAE, Extract, GetDataset, GetModel, LabelFeatures, TrainSAE
 from mistudio_engine.api.training_config import Hyperparameters
 from mistudio_engine.demo.embedded import DEMO_HOOK
+from mistudio_engine.handlers import REGISTRY
 from mistudio_engine.runtime.engine import Engine
 from tests.behaviour.doors import DOORS, Door, Loop, Served, served
 
@@ -25,11 +28,30 @@ def loop() -> Iterator[Loop]:
 
 
 @pytest.fixture(scope="session")
-def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """A real engine behind a real server, with the embedded model and corpus brought in and a small SAE trained."""
-    with served(tmp_path_factory.mktemp("home")) as made:
-        prepare(made.engine)
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home with the embedded model and corpus brought in and a small SAE trained, to be copied."""
+    home = tmp_path_factory.mktemp("prepared")
+    engine = Engine(home, REGISTRY)
+    engine.start()
+    engine.wait_ready(120)
+    prepare(engine)
+    engine.stop()
+    return home
+
+
+@pytest.fixture(scope="module")
+def studio(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A real engine behind a real server on a copy of that home. What a module makes in it, no other module meets."""
+    home = tmp_path_factory.mktemp("studio") / "home"
+    shutil.copytree(prepared, home)
+    with served(home) as made:
         yield made
+
+
+@pytest.fixture(scope="module")
+def engine(studio: Served) -> Engine:
+    """The module's engine, without its server."""
+    return studio.engine
 
 
 @pytest.fixture(params=DOORS)

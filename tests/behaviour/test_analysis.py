@@ -30,11 +30,6 @@ PLAIN = ["in process", "REST"]
 
 
 @pytest.fixture
-def engine(studio: Served) -> Engine:
-    return studio.engine
-
-
-@pytest.fixture
 def doors(studio: Served, loop: Loop) -> Iterator[list[Door]]:
     """Both, one after another: a job is made once and seen through each."""
     opened = [DOORS[name](studio, loop) for name in PLAIN]

@@ -13,7 +13,6 @@ from mistudio_engine.api.errors import Conflict
 from mistudio_engine.api.operations import DeleteDataset, ExtendTraining, GetDataset, ListEvents
 from mistudio_engine.api.records import Job, TrainingRecord
 from mistudio_engine.runtime.engine import Engine
-from tests.behaviour.doors import Served
 from tests.behaviour.trainings import (
     assert_same_bits,
     completed,
@@ -27,11 +26,6 @@ from tests.behaviour.trainings import (
 )
 
 CACHED = {"activations": "cached", "dataset": "lines"}
-
-
-@pytest.fixture(scope="module")
-def engine(studio: Served) -> Engine:
-    return studio.engine
 
 
 @pytest.fixture

@@ -32,7 +32,6 @@ from mistudio_engine.saes import load_sae
 from mistudio_engine.training import ActivationStream, LiveActivations, Member, Trainer
 from mistudio_engine.training import train as train_members
 from mistudio_engine.training.checkpoints import restore_checkpoint, save_checkpoint
-from tests.behaviour.doors import Served
 from tests.behaviour.trainings import (
     assert_same_bits,
     completed,
@@ -45,11 +44,6 @@ from tests.behaviour.trainings import (
 )
 
 MORE = 6144
-
-
-@pytest.fixture(scope="module")
-def engine(studio: Served) -> Engine:
-    return studio.engine
 
 
 @pytest.fixture(scope="module")

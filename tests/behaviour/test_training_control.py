@@ -30,7 +30,6 @@ from mistudio_engine.api.operations import (
 )
 from mistudio_engine.api.records import Job, ModelRecord, SAERecord, TokensRecord
 from mistudio_engine.runtime.engine import Engine
-from tests.behaviour.doors import Served
 from tests.behaviour.trainings import (
     SECONDS,
     assert_same_bits,
@@ -48,11 +47,6 @@ from tests.behaviour.trainings import (
 )
 
 LONG = {"n_tokens": 153_600, "checkpoint_interval": 8192}
-
-
-@pytest.fixture(scope="module")
-def engine(studio: Served) -> Engine:
-    return studio.engine
 
 
 def test_a_training_that_was_paused_has_the_same_bits(engine: Engine) -> None:

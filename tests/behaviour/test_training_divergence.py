@@ -21,16 +21,10 @@ from mistudio_engine.api.operations import (
 )
 from mistudio_engine.api.records import Job, ModelRecord, SAERecord
 from mistudio_engine.runtime.engine import Engine
-from tests.behaviour.doors import Served
 from tests.behaviour.trainings import completed, ended, history, tensors, tensors_in, train, training_of
 
 WILD = {"lr": 0.99, "lr_warm_up_fraction": 0.0, "n_tokens": 131_072}
 """Weights that move by one a step; a TopK SAE cannot save itself by letting its features die."""
-
-
-@pytest.fixture(scope="module")
-def engine(studio: Served) -> Engine:
-    return studio.engine
 
 
 def warnings(engine: Engine, job: Job) -> list[str]:

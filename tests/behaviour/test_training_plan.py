@@ -13,15 +13,9 @@ from mistudio_engine.api.errors import OutOfMemory
 from mistudio_engine.api.operations import ExtendTraining, TrainSAE
 from mistudio_engine.api.records import ModelRecord, Plan, TrainingRecord
 from mistudio_engine.runtime.engine import Engine
-from tests.behaviour.doors import Served
 from tests.behaviour.trainings import completed, train
 
 MIB = 1 << 20
-
-
-@pytest.fixture(scope="module")
-def engine(studio: Served) -> Engine:
-    return studio.engine
 
 
 def plan_of(engine: Engine, operation: TrainSAE) -> Plan:

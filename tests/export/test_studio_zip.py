@@ -291,9 +291,9 @@ def test_memory_does_not_grow_with_the_features(tmp_path: Path) -> None:
         tracemalloc.stop()
         return found
 
-    few, more = peak(20), peak(120)
+    few, more = peak(20), peak(1020)
     # A label and a line of the zip's directory stay of each, under a kilobyte; its ten kilobytes of examples do not.
-    assert more - few < 100 * 1000
+    assert more - few < 1000 * 1000
 
 
 def test_large_weights_are_copied_in_pieces(tmp_path: Path, sae_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
