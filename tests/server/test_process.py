@@ -10,15 +10,15 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
 
 from mistudio_engine.api.client import Studio, connect
 from mistudio_engine.api.errors import EngineMissing
-from mistudio_engine.api.home import EXIT_BUSY, probe, process_alive, read_engine_file
+from mistudio_engine.api.home import EXIT_BUSY, process_alive, read_engine_file
 from mistudio_engine.api.operations import SetLabel
 from mistudio_engine.demo.embedded import DEMO_HOOK
 from mistudio_engine.server.serve import stop
@@ -70,45 +70,33 @@ def bring_in(studio: Studio) -> None:
     studio.get_dataset(source="embedded", name="corpus", model="tiny", n_tokens=100_000).wait(WAIT_SECONDS)
 
 
-def test_a_training_killed_in_the_middle_resumes_by_itself_and_ends_bit_identical(home: Path) -> None:
-    studio = connect(home)
-    bring_in(studio)
-    start_training(studio, "undisturbed").wait(WAIT_SECONDS)
-    job = start_training(studio, "killed")
-    until(lambda: job.refresh().checkpoint and (job.refresh().progress or 0) > 0.3, "a checkpoint")
-    assert job.refresh().state == "running"
-    before = studio.training_metrics(training="killed").total
-    kill(home)
-    resumed = studio.show_job(job=job.slug)  # the client finds no engine and starts one
-    assert resumed.slug == job.slug
-    job.wait(WAIT_SECONDS)
-    one, other = (load_file(home / "saes" / name / "sae_weights.safetensors") for name in ("undisturbed", "killed"))
-    assert one.keys() == other.keys()
-    assert all(bool((one[name] == other[name]).all()) for name in one)
-    assert studio.training_metrics(training="killed").total >= before, "the history of before the kill is still there"
-    assert set(history(studio, "killed")) == set(history(studio, "undisturbed"))
-    studio.close()
-
-
-def test_what_was_acknowledged_is_there_after_a_kill(home: Path) -> None:
+@pytest.fixture(scope="module")
+def lived_in(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A data directory with the model and its tokens, whose engine runs."""
+    home = tmp_path_factory.mktemp("lived-in") / "home"
     with connect(home) as studio:
         bring_in(studio)
+    yield home
+    stop(home)
+
+
+def test_what_was_acknowledged_is_there_after_a_kill(lived_in: Path) -> None:
+    with connect(lived_in) as studio:
         sae = start_training(studio, "labelled", n_tokens=20_480).wait(WAIT_SECONDS)
         studio.call(SetLabel(feature=f"sae/{sae.slug}#3", label="kept for ever"))
-        kill(home)
+        kill(lived_in)
         history = studio.label_history(sae=sae.slug, index=3)
         assert [label.label for label in history.rows] == ["kept for ever"]
 
 
-def test_a_client_that_comes_later_sees_the_whole_history(home: Path) -> None:
+def test_a_client_that_comes_later_sees_the_whole_history(lived_in: Path) -> None:
     code = (
         "from mistudio_engine import connect; import sys\n"
-        f"studio = connect({str(home)!r})\n"
+        f"studio = connect({str(lived_in)!r})\n"
         "next(iter(studio.follow(['trainings/watched'], after=0)))\n"
         "print('following', flush=True); sys.stdin.read()"
     )
-    with connect(home) as studio:
-        bring_in(studio)
+    with connect(lived_in) as studio:
         job = start_training(studio, "watched")
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         watcher = subprocess.Popen([sys.executable, "-c", code], text=True, **pipes)
@@ -119,22 +107,8 @@ def test_a_client_that_comes_later_sees_the_whole_history(home: Path) -> None:
         watcher.stdin.close()
         watcher.stdout.close()
         job.wait(WAIT_SECONDS)
-    with connect(home) as late:
+    with connect(lived_in) as late:
         assert history(late, "watched") == [10_240 * n for n in range(1, 40)]
-
-
-def test_sigterm_writes_a_checkpoint_and_ends_within_ten_seconds(home: Path) -> None:
-    with connect(home) as studio:
-        bring_in(studio)
-        job = start_training(studio, "stopped", n_tokens=50_000_000)
-        until(lambda: (job.refresh().metrics or {}).get("n_tokens", 0) > 20_000, "some training")
-        began = time.monotonic()
-        stop(home)
-        assert time.monotonic() - began < 10
-        assert probe(home) is None
-        again = studio.show_job(job=job.slug)
-        assert again.checkpoint is not None
-        studio.control_job(job=job.slug, action="cancel")
 
 
 def serve(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -142,11 +116,11 @@ def serve(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
-def test_a_second_engine_is_refused_and_told_who_holds_the_directory(home: Path) -> None:
-    with connect(home) as studio:
+def test_a_second_engine_is_refused_and_told_who_holds_the_directory(lived_in: Path) -> None:
+    with connect(lived_in) as studio:
         engine = studio.client._engine
         assert engine is not None
-        refused = serve("--home", str(home))
+        refused = serve("--home", str(lived_in))
     assert refused.returncode == EXIT_BUSY
     assert str(engine.pid) in refused.stderr
     assert "Traceback" not in refused.stderr

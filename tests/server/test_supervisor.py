@@ -135,7 +135,8 @@ def test_a_job_that_always_loses_the_device_is_left_and_the_engine_stays(
 
 
 CHILD = """
-import os, sys, time
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has its background jobs ignore
 from mistudio_engine.runtime.lock import EngineLock
 from mistudio_engine.server.supervisor import supervise
 with EngineLock.acquire(sys.argv[1]) as lock:

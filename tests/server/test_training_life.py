@@ -249,7 +249,7 @@ def test_a_kill_while_activations_are_cached_costs_nothing_but_time(life: Path, 
     assert not list(life.rglob("*.part"))
 
 
-@pytest.mark.parametrize("stage", ["evaluating", "running the model"])
+@pytest.mark.parametrize("stage", ["training", "evaluating", "running the model"])
 def test_sigterm_writes_a_checkpoint_whatever_it_is_at(life: Path, studio: Studio, stage: str) -> None:
     wide = {"n_tokens": 50_000_000, "eval_tokens": 100_000, "buffer_tokens": 65_536, "checkpoint_interval": 65_536}
     job = studio.train_sae(**{**SAE, **RUN, **wide}, name=f"terminated-{stage[:4]}")
