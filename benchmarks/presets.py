@@ -1,9 +1,10 @@
 """What the presets give: one training of all architectures and presets on one pass of a model.
 
-    python benchmarks/presets.py --model FOLDER --text FILE [FILE ...] [--d-sae N] [--n-tokens N] [--l1 1,2,4]
+    python benchmarks/presets.py --model FOLDER --text FILE [FILE ...] [--d-sae N] [--n-tokens N] [--l1 0.1,0.2]
 
 Prints L0, FVU and the share of dead features on held-out text for each; with --l1, for these coefficients, as a share
-of the input's width, instead: that is how the presets' own were found. The middle layer's residual stream is read.
+of the root of the input's width, instead: that is how the presets' own were found. The middle layer's residual stream
+is read.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from mistudio_engine.api.presets import L1_PER_WIDTH, PRESETS
+from mistudio_engine.api.presets import L1_PER_ROOT_WIDTH, PRESETS
 from mistudio_engine.api.sae_config import activation_of, parse_sae_config
 from mistudio_engine.api.training_config import Hyperparameters
 from mistudio_engine.models.language_model import LanguageModel
@@ -66,21 +67,21 @@ def wanted(l1: str | None) -> list[tuple[str, str, dict[str, Any]]]:
     """Name, architecture and settings of each."""
     if l1:
         return [
-            (f"{architecture} l1 {each} d", architecture, {"per_width": float(each)})
+            (f"{architecture} l1 {each} √d", architecture, {"per_root_width": float(each), "lr": 1e-3})
             for architecture in ("standard", "gated")
             for each in l1.split(",")
         ]
     return [
-        (f"{architecture} {preset}", architecture, {**words, **per_width(architecture, preset)})
+        (f"{architecture} {preset}", architecture, {**words, **per_root_width(architecture, preset)})
         for architecture in ARCHITECTURES
         for preset, words in PRESETS[activation_of(architecture)].items()
     ]
 
 
-def per_width(architecture: str, preset: Any) -> dict[str, float]:
-    """The L1 penalty's weight as a share of the width, where there is one."""
-    found = L1_PER_WIDTH.get(activation_of(architecture))
-    return {"per_width": found[preset]} if found else {}
+def per_root_width(architecture: str, preset: Any) -> dict[str, float]:
+    """The L1 penalty's weight as a share of the root of the width, where there is one."""
+    found = L1_PER_ROOT_WIDTH.get(activation_of(architecture))
+    return {"per_root_width": found[preset]} if found else {}
 
 
 def settings(architecture: str, words: dict[str, Any], d_in: int, d_sae: int, n_tokens: int) -> tuple[Any, Any]:
@@ -88,8 +89,8 @@ def settings(architecture: str, words: dict[str, Any], d_in: int, d_sae: int, n_
     cfg: dict[str, Any] = {"architecture": architecture, "d_in": d_in, "d_sae": d_sae}
     if "k" in words:
         cfg["k"] = words.pop("k")
-    if "per_width" in words:
-        words["l1_coefficient"] = words.pop("per_width") * d_in
+    if "per_root_width" in words:
+        words["l1_coefficient"] = words.pop("per_root_width") * d_in**0.5
     if architecture == "matryoshka_batchtopk":
         cfg["widths"] = [d_sae // 16, d_sae // 4, d_sae]
     return parse_sae_config(cfg), Hyperparameters(n_tokens=n_tokens, batch_size=BATCH, log_interval=1000, **words)

@@ -21,6 +21,9 @@ class BucketServer:
         self.listing: tuple[int, bytes] | None = None
         """Answer to a listing, in place of the true one."""
 
+        self.answers: threading.Event | None = None
+        """Nothing is answered before it is set."""
+
         self.broken: set[str] = set()
         """Keys whose connection breaks half way."""
 
@@ -50,6 +53,8 @@ def bucket_server() -> Iterator[BucketServer]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             bucket.requests.append(self.path)
+            if bucket.answers is not None:
+                bucket.answers.wait(30)
             parts = urlsplit(self.path)
             query, key = parse_qs(parts.query), unquote(parts.path.lstrip("/"))
             if "list-type" in query:

@@ -102,6 +102,12 @@ class Reply:
     cut: bool = False
     """The connection breaks in the middle of the body."""
 
+    hangs_up: bool = False
+    """The connection is closed after the answer, although nothing has said that it would be."""
+
+    byte_seconds: float = 0.0
+    """Seconds before each byte of the body."""
+
     raw: bytes | None = None
     """This body, instead of the protocol's envelope."""
 
@@ -286,15 +292,29 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             make = _openai if request.protocol == "openai" else _ollama
             envelope = json.dumps(make(request, reply, content)).encode()
-        self._send(reply.status, envelope, reply.headers, cut=reply.cut)
+        self._send(reply.status, envelope, reply.headers, cut=reply.cut, byte_seconds=reply.byte_seconds)
+        self.close_connection |= reply.hangs_up
 
-    def _send(self, status: int, body: bytes, headers: Mapping[str, str] | None = None, *, cut: bool = False) -> None:
+    def _send(
+        self,
+        status: int,
+        body: bytes,
+        headers: Mapping[str, str] | None = None,
+        *,
+        cut: bool = False,
+        byte_seconds: float = 0.0,
+    ) -> None:
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         for name, value in (headers or {}).items():
             self.send_header(name, value)
         self.end_headers()
+        if byte_seconds:
+            for at in range(len(body)):
+                time.sleep(byte_seconds)
+                self.wfile.write(body[at : at + 1])
+            return
         self.wfile.write(body[: len(body) // 2] if cut else body)
         if cut:
             self.wfile.flush()

@@ -33,6 +33,7 @@ __all__ = [
     "SAERecord",
     "TemplateRecord",
     "TokensRecord",
+    "TrainingMember",
     "TrainingRecord",
 ]
 
@@ -260,6 +261,11 @@ class SAERecord(Record):
     d_in: int = 0
     d_sae: int = 0
     format: str = "saelens"
+    """Of its folder: saelens, or native where SAELens lacks the architecture."""
+
+    source_format: str | None = None
+    """The format that it came in as; None where it was trained here."""
+
     training: str | None = None
     """Slug of the training that made it; None after unlinking."""
 
@@ -274,6 +280,22 @@ class SAERecord(Record):
     folder: str = ""
     sha256: str = ""
     config: dict[str, Any] = {}
+
+
+class TrainingMember(Data):
+    """One of the SAEs that a training trains."""
+
+    name: str
+    """Of its variant; `sae` where there is one only."""
+
+    sae: str
+    """The slug that it has or will have."""
+
+    config: dict[str, Any]
+    hyperparameters: dict[str, Any]
+    seed: int
+    failure: ErrorBody | None = None
+    """Why it goes on no further, where it does not."""
 
 
 class TrainingRecord(Record):
@@ -295,9 +317,8 @@ class TrainingRecord(Record):
     saes: list[str] = []
     """Those that it made, in the order of their making."""
 
-    members: list[dict[str, Any]] = []
-    """The SAEs that it trains: name, config, hyperparameters, seed, the slug that each will have, and why it failed if
-    it did."""
+    members: list[TrainingMember] = []
+    """The SAEs that it trains."""
 
     config: dict[str, Any] = {}
     """The first SAE's configuration."""
@@ -518,6 +539,13 @@ class Job(Record):
     def finished(self) -> bool:
         """True once nothing more will happen to it."""
         return self.state in TERMINAL_STATES
+
+    @property
+    def settled(self) -> dict[str, Any]:
+        """What its arguments leave open, as its plan settled it when it was submitted (`details.settled`): which
+        extraction, which language model, at what price. Empty where nothing is, and after a retry until it begins.
+        """
+        return self.plan.details.get("settled", {}) if self.plan else {}
 
     message: str = Field(default="")
     """What a person should know: why it was interrupted, what a retry would do."""

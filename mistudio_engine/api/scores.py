@@ -22,11 +22,16 @@ class BaselineScore(Data):
     """Of which feature it is the label; None for the top token's."""
 
     balanced_accuracy: float | None = None
+    """None where too few of its items were answered."""
+
     low: float | None = None
     high: float | None = None
 
+    n_paired: int = 0
+    """Items that were answered both for the label and for this one."""
+
     lead: float | None = None
-    """The label's balanced accuracy less this one."""
+    """The label's balanced accuracy less this one's, both on those items; None where there are too few."""
 
     lead_low: float | None = None
     """Beginning of the lead's 95 % interval: above 0 where the label is better beyond chance."""
@@ -131,8 +136,11 @@ class ScoringReport(Data):
     failures: dict[str, int] = {}
     """Reasons, with how many features each."""
 
+    left_out: dict[str, dict[str, int]] = {}
+    """By method: labels that only the other method could score, by reason."""
+
     failed: list[dict[str, Any]] = []
-    """Some of them: feature, reason, and a sentence on it."""
+    """Some of those that have no score, or none by one `method`: feature, reason, and a sentence on it."""
 
     balanced_accuracy: dict[str, Distribution] = {}
     """Of the labels, by method."""

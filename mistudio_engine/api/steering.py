@@ -113,5 +113,3 @@ class SweepResult(Data):
     feature: str
     rows: list[SweepRow]
     """The baseline is the row with strength 0."""
-
-    warnings: list[str] = []

@@ -76,12 +76,11 @@ def carriers(folder: Path, hook_name: str) -> list[tuple[Concept, set[int]]]:
     held_out = held_out_tokens(LanguageModel.load(model_folder(), name="embedded"), hook_name)
     acts = load_sae(folder).encode(held_out.sae_in)
     choosing = held_out.document % 2 == 0
-    with torch.enable_grad():  # the probes are fitted
-        scores = concept_scores(acts, held_out.sae_in, held_out.masks, choosing)
-    ranks = mean_ranks(acts[~choosing])
+    ranks, other_ranks = mean_ranks(acts[choosing]), mean_ranks(acts[~choosing])
     found = []
-    for concept, score, mask in zip(CONCEPTS, scores, held_out.masks.T, strict=True):
-        if score.single > FOUND_AT:
-            carrying = (areas_of(ranks, mask[~choosing]) > FOUND_AT).nonzero().squeeze(1)
-            found.append((concept, {score.feature, *carrying.tolist()}))
+    for concept, mask in zip(CONCEPTS, held_out.masks.T, strict=True):
+        chosen = int(areas_of(ranks, mask[choosing]).argmax())
+        carrying = set((areas_of(other_ranks, mask[~choosing]) > FOUND_AT).nonzero().squeeze(1).tolist())
+        if chosen in carrying:
+            found.append((concept, carrying))
     return found

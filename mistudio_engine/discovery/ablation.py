@@ -44,6 +44,7 @@ __all__ = [
     "bootstrap",
     "contribution",
     "matched_controls",
+    "writing",
     "written_rows",
 ]
 
@@ -204,9 +205,10 @@ def ablate(
     check_width(lm, hook_out, sae.cfg.output_width)
     rows = [_decoder_row(sae, control) for control in controls]
     for control, row in zip(controls, rows, strict=True):
-        if not row.any():
+        if not row.norm() > 0:
             raise BadInput(
-                f"Feature {control} is no control: its decoder row is zero.", fix="Choose one that is alive."
+                f"Feature {control} is no control: its decoder row is zero.",
+                fix="Choose one of those that `writing` names.",
             )
     directions = [row / row.norm() for row in rows]
     batches = _batches(lm, passages)
@@ -273,6 +275,11 @@ def written_rows(sae: SAE, features: Sequence[int] | NDArray[np.int64]) -> Tenso
     return torch.nn.functional.normalize(rows, dim=-1)  # a row of zeros stays one
 
 
+def writing(sae: SAE) -> NDArray[np.bool_]:
+    """(d_sae,) whether a feature writes anything: its decoder row has a direction."""
+    return (torch.linalg.vector_norm(sae.W_dec.detach(), dim=1, dtype=torch.float32) > 0).cpu().numpy()
+
+
 def _decoder_row(sae: SAE, feature: int) -> Tensor:
     """What an activation of 1 writes, (d_out,) in fp32."""
     if not 0 <= feature < len(sae.W_dec):
@@ -284,7 +291,7 @@ def matched_controls(frequency: ArrayLike, feature: int, n: int, seed: int = 0) 
     """n features drawn from among those that fire nearly as often as this one; fewer where fewer are alive.
 
     Args:
-        frequency: (d_sae,) share of tokens on which each fires; 0 for those that are unknown or dead.
+        frequency: (d_sae,) share of tokens on which each fires; 0 for those that are unknown, dead, or write nothing.
         feature: index; never among the answers.
         n: how many.
         seed: for the draw.

@@ -3,6 +3,7 @@
 The words under the prime tokens of its top, quantile and random examples, weighted by the activation there, are
 compared with all words of its zero examples (of a feature that fires in nearly every context, with the words beside
 which it fires): “95 % nouns” says something only where fewer words are nouns elsewhere.
+Tokens that the extraction left out stand beside words and are never compared: nobody knows whether it is silent there.
 Examples are strong ones and samples of weaker ones, so the shares describe the feature's activation, not all tokens
 on which it fires. It knows neither where examples come from on disk nor where an analysis is kept.
 """
@@ -159,7 +160,7 @@ class Analyst:
     def _context(self, example: Example) -> ContextNames:
         number = example.context
         if number not in self._read:
-            self._read[number] = read_context(self._reader, self.pipeline, example.token_ids)
+            self._read[number] = read_context(self._reader, self.pipeline, example.token_ids, example.counted)
             self._n_read += len(self._read[number].words.words)
             while self._n_read > _WORDS_KEPT and len(self._read) > 1:
                 self._n_read -= len(self._read.popitem(last=False)[1].words.words)

@@ -66,10 +66,13 @@ class ContextNames:
     Attributes:
         words: its words.
         strings: its tokens as a person reads them.
+        counted: (n_tokens,) those whose words are counted; the others are only seen beside them.
     """
 
-    def __init__(self, words: ContextWords, strings: Sequence[str], facts: Sequence[WordFacts]) -> None:
-        self.words, self.strings = words, list(strings)
+    def __init__(
+        self, words: ContextWords, strings: Sequence[str], facts: Sequence[WordFacts], counted: NDArray[np.bool_]
+    ) -> None:
+        self.words, self.strings, self.counted = words, list(strings), counted
         self._facts = facts
         self._positions = _positions(words.words, facts)
         # What neighbours are told by: spaces alone are none, a new line is.
@@ -79,11 +82,12 @@ class ContextNames:
 
     @cached_property
     def counts(self) -> Counts:
-        """Of all its words."""
-        return self.count(np.ones(len(self.words.word_of), dtype=bool))
+        """Of all its words that are counted."""
+        return self.count(self.counted)
 
     def count(self, among: NDArray[np.bool_]) -> Counts:
-        """Of the words all of whose tokens are among these, (n_tokens,); special tokens are none."""
+        """Of the counted words all of whose tokens are among these, (n_tokens,); special tokens are none."""
+        among = among & self.counted
         counted = Counts(0, {kind: Counter() for kind in WordNames._fields}, Counter())
         n_words = 0
         for i, word in enumerate(self.words.words):
@@ -121,10 +125,12 @@ class ContextNames:
         return self._norms[max(0, place - NEAR) : place], self._norms[place + 1 : place + 1 + NEAR]
 
 
-def read_context(reader: WordReader, pipeline: Pipeline, token_ids: NDArray) -> ContextNames:
-    """A context of one tokenizer, (n_tokens,) ids, through a pipeline."""
+def read_context(
+    reader: WordReader, pipeline: Pipeline, token_ids: NDArray[np.int32], counted: NDArray[np.bool_]
+) -> ContextNames:
+    """A context of one tokenizer, (n_tokens,) ids of which some are counted, through a pipeline."""
     words = reader.read(token_ids)
-    return ContextNames(words, reader.strings(token_ids), pipeline.read(words))
+    return ContextNames(words, reader.strings(token_ids), pipeline.read(words), counted)
 
 
 def _some(name: str | None) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import random
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Any
 
 import httpx
 import numpy as np
@@ -40,7 +40,8 @@ class _ServerEmbedder(ABC):
     """An embedder at an address.
 
     Args:
-        id: which protocol and model.
+        id: which protocol, model and address. It does not tell models apart that answer to one name one after the
+            other; whoever keeps vectors has to compare.
         model: its name there.
         base_url: where the server is.
         redact: takes secrets out of a server's words.
@@ -62,19 +63,9 @@ class _ServerEmbedder(ABC):
         """Length of a vector; known from the first answer on."""
         if self._dimension is None:
             raise Internal(
-                f"The dimension of {self.id} is not known before its first vector.", fix="Call ready() first."
+                f"The dimension of {self.id} is not known before its first vector.", fix="Embed a text first."
             )
         return self._dimension
-
-    def ready(self) -> Self:
-        """Ask once, so that the dimension is known.
-
-        Raises:
-            Unreachable: it does not answer.
-            BadInput: it has no such model, or refuses the key.
-        """
-        self.embed(["dimension"])
-        return self
 
     def close(self) -> None:
         """Close the connections."""

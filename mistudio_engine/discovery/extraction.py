@@ -14,10 +14,10 @@ from __future__ import annotations
 import hashlib
 import platform
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -35,10 +35,11 @@ from mistudio_engine.discovery.extraction_store import (
     DENSE_ABOVE,
     EXAMPLES_FILE,
     FEATURES_FILE,
+    HASHED_AT_ONCE,
     INFO_FILE,
     ExtractionInfo,
     ExtractionStore,
-    file_sha256,
+    hashing_file,
     load_extraction,
 )
 from mistudio_engine.discovery.extraction_writer import ExtractionWriter
@@ -61,6 +62,9 @@ __all__ = [
     "load_extraction",
     "working_bytes",
 ]
+
+S = TypeVar("S")
+T = TypeVar("T")
 
 _PASS_SHARE = 0.9
 """Share of the work that is the pass; the rest is writing."""
@@ -227,7 +231,11 @@ def extract_together(
         seed=settings.seed,
     )
     totals = [_totals(lm, chosen, settings) for chosen in reader.selections]
-    keeper = Keeper(checkpoint, checkpoint_seconds, reader, totals, _what(targets, tokens, settings))
+    made_from = []
+    for target in targets:
+        sae_sha256 = yield from _saying(_hashing(target.sae), _Clock(reader).reading)
+        made_from.append(_provenance(sae_sha256, tokens) | dict(target.provenance))
+    keeper = Keeper(checkpoint, checkpoint_seconds, reader, totals, _what(targets, made_from, tokens, settings))
     keeper.go_on()
     clock = _Clock(reader)
     stopped_early = False
@@ -255,7 +263,7 @@ def extract_together(
         yield clock.reading()._replace(checkpointed=True)
     stores = []
     for number, (target, total) in enumerate(zip(targets, totals, strict=True)):
-        for share in _write(lm, target, tokens, reader, number, total, settings, stopped_early):
+        for share in _write(lm, target, tokens, reader, number, total, settings, made_from[number], stopped_early):
             yield clock.writing((number + share) / len(targets))
         stores.append(load_extraction(target.folder))
     yield clock.writing(1.0)
@@ -303,8 +311,9 @@ def _write(
     number: int,
     totals: FeatureTotals,
     settings: ExtractionSettings,
+    provenance: dict[str, Any],
     stopped_early: bool,
-) -> Iterator[float]:
+) -> Generator[float, None, None]:
     """Write one extraction; yields the share that is done."""
     selection = reader.selections[number]
     with new_folder(target.folder) as part:
@@ -319,6 +328,9 @@ def _write(
             settings.n_partners,
         )
         yield from writer.write()
+        hashes = {}
+        for name in (FEATURES_FILE, EXAMPLES_FILE, CONTEXTS_FILE):
+            hashes[name] = yield from _saying(hashing_file(part / name), lambda: 1.0)
         asked = asdict(settings) | {"features": None if target.features is None else selection.tolist()}
         info = ExtractionInfo(
             created_at=time.time(),
@@ -335,21 +347,26 @@ def _write(
             n_coactivation_tokens=totals.coactivation.n_tokens,
             stopped_early=stopped_early,
             settings=asked | {"batch_contexts": reader.batch_contexts},
-            provenance=_provenance(target.sae, tokens) | dict(target.provenance),
-            files={name: file_sha256(part / name) for name in (FEATURES_FILE, EXAMPLES_FILE, CONTEXTS_FILE)},
+            provenance=provenance,
+            files=hashes,
         )
         (part / INFO_FILE).write_text(info.model_dump_json(indent=2), encoding="utf-8")
 
 
-def _what(targets: Sequence[Target], tokens: PackedTokens, settings: ExtractionSettings) -> dict[str, Any]:
+def _what(
+    targets: Sequence[Target],
+    made_from: Sequence[dict[str, Any]],
+    tokens: PackedTokens,
+    settings: ExtractionSettings,
+) -> dict[str, Any]:
     """What a checkpoint belongs to."""
     of_each = [
         {
             "hook_name": target.hook_name,
             "features": None if target.features is None else list(target.features),
-            "provenance": _provenance(target.sae, tokens) | dict(target.provenance),
+            "provenance": provenance,
         }
-        for target in targets
+        for target, provenance in zip(targets, made_from, strict=True)
     ]
     text = {"n_contexts": len(tokens), "context_size": tokens.info.context_size}
     return {"targets": of_each, "tokens": text, "settings": asdict(settings)}
@@ -376,13 +393,34 @@ class _Clock:
         return ExtractProgress(stage, fraction, n_tokens, (n_tokens - self._n_before) / seconds, eta)
 
 
-def _provenance(sae: SAE, tokens: PackedTokens) -> dict[str, Any]:
+def _hashing(sae: SAE) -> Generator[None, None, str]:
+    """The sha256 of its tensors, in small steps; a small SAE needs one, which is not told."""
     digest = hashlib.sha256()
     for name, tensor in sorted(sae.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        content = tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()
+        for start in range(0, len(content), HASHED_AT_ONCE):
+            if start:
+                yield
+            digest.update(content[start : start + HASHED_AT_ONCE])
+    return digest.hexdigest()
+
+
+def _saying(work: Generator[Any, None, T], say: Callable[[], S]) -> Generator[S, Any, T]:
+    """Do some work; at each of its steps yields what is to be said then."""
+    try:
+        while True:
+            next(work)
+            yield say()
+    except StopIteration as done:
+        return done.value
+    finally:
+        work.close()
+
+
+def _provenance(sae_sha256: str, tokens: PackedTokens) -> dict[str, Any]:
     return {
-        "sae_sha256": digest.hexdigest(),
+        "sae_sha256": sae_sha256,
         "tokenizer_hash": tokens.info.tokenizer_hash,
         "bos_policy": tokens.info.bos_policy,
         "mistudio": __version__,

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Generator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +27,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mistudio_engine.api.errors import BadInput, CorruptFile, NotFound
+from mistudio_engine.discovery.context_store import ContextReader
 from mistudio_engine.discovery.histogram import N_LOG_BINS, Histogram, linear_histogram
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "EXAMPLES_FILE",
     "FEATURES_FILE",
     "FORMAT_VERSION",
+    "HASHED_AT_ONCE",
     "INFO_FILE",
     "Example",
     "ExtractionInfo",
@@ -42,11 +45,15 @@ __all__ = [
     "Group",
     "Partner",
     "TokenStats",
+    "hashing_file",
     "load_extraction",
 ]
 
-FORMAT_VERSION = 2
-"""1 had no partners."""
+FORMAT_VERSION = 3
+"""1 had no partners, 2 all contexts in one batch; both are read."""
+
+HASHED_AT_ONCE = 16 << 20
+"""Bytes to a step of hashing."""
 
 INFO_FILE, FEATURES_FILE, EXAMPLES_FILE = "extraction.json", "features.parquet", "examples.parquet"
 CONTEXTS_FILE = "contexts.arrow"
@@ -116,6 +123,8 @@ class FeatureStats:
     max: float
     mean: float
     sum: float
+    undercount: int = 0
+    """The most that the count of any of its top tokens may be too low; 0 where all are exact."""
 
     @property
     def dead(self) -> bool:
@@ -134,7 +143,7 @@ class TokenStats:
 
     token_id: int
     count: int
-    """Tokens of this id on which it is active; up to the feature's `undercount` more where that is not 0."""
+    """Tokens of this id on which it is active; up to `FeatureStats.undercount` more."""
 
     mean: float
     max: float
@@ -180,10 +189,23 @@ class Example:
     """(n,)"""
 
     values: NDArray[np.float32]
-    """(n,) activations; 0 at tokens that were left out of the statistics."""
+    """(n,) activations; 0 at tokens that were left out of the extraction: nobody knows what they would have been."""
 
     n_left_out: int = 0
-    """Tokens at the beginning that were left out because of their place: nobody knows what they would have been."""
+    """Tokens at the beginning that were left out because of their place."""
+
+    left_out_ids: tuple[int, ...] = ()
+    """Ids that were left out wherever they stand. Special tokens are not among them: their tokenizer knows those."""
+
+    @property
+    def counted(self) -> NDArray[np.bool_]:
+        """(n,) False at tokens that were left out, which are neither silent nor firing."""
+        if self.left_out_ids:
+            counted = ~np.isin(self.token_ids, self.left_out_ids)
+        else:
+            counted = np.ones(len(self.token_ids), dtype=bool)
+        counted[: self.n_left_out] = False
+        return counted
 
     @property
     def prime(self) -> int:
@@ -261,6 +283,7 @@ class ExtractionStore:
             max=float(self.max[row]),
             mean=float(self.mean[row]),
             sum=float(self.column("sum")[row]),
+            undercount=int(self.column("undercount")[row]),
         )
 
     def log_histogram(self, index: int) -> NDArray[np.int64]:
@@ -278,7 +301,7 @@ class ExtractionStore:
     def top_tokens(self, index: int, *, by: Literal["count", "mean", "max"] = "count", n: int = 50) -> list[TokenStats]:
         """The tokens on which a feature fires most often, or most strongly.
 
-        `n` up to the extraction's `n_top_tokens`. `column("undercount")` says by how much a count may be too low.
+        `n` up to the extraction's `n_top_tokens`. `FeatureStats.undercount` says by how much a count may be too low.
         """
         stored = self._feature_row(index)
         columns = (stored["token_ids"], stored["token_counts"], stored["token_means"], stored["token_maxima"])
@@ -329,7 +352,9 @@ class ExtractionStore:
             CorruptFile: one differs.
         """
         for name, expected in self.info.files.items():
-            if file_sha256(self.folder / name) != expected:
+            with (self.folder / name).open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != expected:
                 raise CorruptFile(
                     f"{self.folder / name} is not the file that was written.",
                     why="Its sha256 differs from the one in extraction.json.",
@@ -337,7 +362,7 @@ class ExtractionStore:
                 )
 
     def _example(self, index: int, row: dict[str, Any], window: int | tuple[int, int] | None) -> Example:
-        ids = self._context_ids(row["context"])
+        ids = self._contexts.ids(row["context"])
         values = np.zeros(len(ids), dtype=np.float32)
         values[row["active_positions"]] = row["active_values"]
         start, stop = 0, len(ids)
@@ -355,6 +380,7 @@ class ExtractionStore:
             token_ids=ids[start:stop],
             values=values[start:stop],
             n_left_out=max(0, int(self.info.settings.get("exclude_first", 0)) - start),
+            left_out_ids=tuple(self.info.settings.get("exclude_token_ids", ())),
         )
 
     def _row(self, index: int) -> int:
@@ -407,20 +433,12 @@ class ExtractionStore:
         return np.cumsum([0, *(groups.row_group(part).num_rows for part in range(groups.num_row_groups))])
 
     @cached_property
-    def _contexts(self) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
-        """Numbers (sorted), real lengths and ids of the contexts, straight from the memory-mapped file."""
+    def _contexts(self) -> ContextReader:
         path = self.folder / CONTEXTS_FILE
         try:
-            batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+            return ContextReader(path)
         except (OSError, pa.ArrowInvalid) as error:
             raise _corrupt(path, error) from error
-        ids = batch.column("token_ids").values.to_numpy().reshape(batch.num_rows, -1)
-        return batch.column("context").to_numpy(), batch.column("n_real").to_numpy(), ids
-
-    def _context_ids(self, context: int) -> NDArray[np.int32]:
-        numbers, n_real, ids = self._contexts
-        at = int(np.searchsorted(numbers, context))
-        return ids[at, : n_real[at]]
 
 
 def load_extraction(folder: Path | str) -> ExtractionStore:
@@ -452,10 +470,14 @@ def load_extraction(folder: Path | str) -> ExtractionStore:
     return store
 
 
-def file_sha256(path: Path) -> str:
-    """sha256 of a file."""
+def hashing_file(path: Path) -> Generator[None, None, str]:
+    """The sha256 of a file, in small steps."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(HASHED_AT_ONCE):
+            digest.update(block)
+            yield
+    return digest.hexdigest()
 
 
 def _open_parquet(path: Path) -> pq.ParquetFile:

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from numpy.typing import NDArray
 
 from mistudio_engine.discovery.activation_block import rank_in_run
 from mistudio_engine.discovery.coactivation import strongest
+from mistudio_engine.discovery.context_store import writing_contexts
 from mistudio_engine.discovery.examples import Chosen, joined
 from mistudio_engine.discovery.extraction_store import CONTEXTS_FILE, EXAMPLES_FILE, FEATURES_FILE
 from mistudio_engine.discovery.histogram import N_LOG_BINS
@@ -85,7 +85,9 @@ class ExtractionWriter:
             for writer in (to_features, to_examples):
                 if writer is not None:
                     writer.close()
-        self._contexts(np.flatnonzero(used))
+        contexts = np.flatnonzero(used)
+        for _ in writing_contexts(self.folder / CONTEXTS_FILE, contexts, self.tokens.ids.numpy(), self.n_real):
+            yield 1.0
 
     def _features(self, features: slice, table: TokenTable, n_examples: NDArray[np.int64]) -> pa.Table:
         totals = self.totals
@@ -162,18 +164,6 @@ class ExtractionWriter:
         chosen, part = chosen.take(order), part[order]
         first = rank_in_run(chosen.feature * self.n_quantiles + part) < self.n_per_quantile
         return chosen.take(first), part[first]
-
-    def _contexts(self, contexts: NDArray[np.int64]) -> None:
-        ids = self.tokens.ids[torch.from_numpy(contexts)].numpy()
-        batch = pa.record_batch(
-            {
-                "context": contexts.astype(np.int32),
-                "n_real": self.n_real[contexts],
-                "token_ids": pa.FixedSizeListArray.from_arrays(pa.array(ids.reshape(-1)), ids.shape[1]),
-            }
-        )
-        with pa.ipc.new_file(str(self.folder / CONTEXTS_FILE), batch.schema) as file:
-            file.write_batch(batch)
 
 
 def _lists(offsets: NDArray, values: NDArray) -> pa.ListArray:

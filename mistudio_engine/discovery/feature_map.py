@@ -1,25 +1,21 @@
-"""Features on a plane: vectors laid out in two dimensions by UMAP or PCA, and the file that keeps the map.
+"""Features on a plane: vectors laid out in two dimensions by UMAP or PCA.
 
 Rows are brought to length 1 first, so that near means a like direction. Both ways are repeatable: the same vectors and
-seed give the same map. It knows neither what the vectors are nor any labels.
+seed give the same map. It knows neither what the vectors are nor where a map is kept, and imports no torch: it is run
+in a process of its own.
 """
 
 from __future__ import annotations
 
-import json
 import warnings
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import ArrayLike, NDArray
 
-from mistudio_engine.api.errors import BadInput, CorruptFile, NotFound, WrongShape
-from mistudio_engine.saes.folders import new_file
+from mistudio_engine.api.errors import BadInput, WrongShape
 
-__all__ = ["Layout", "StoredMap", "lay_out", "lay_out_file", "pca", "read_map", "umap", "write_map"]
+__all__ = ["Layout", "lay_out", "lay_out_file", "pca", "umap"]
 
 Method = Literal["umap", "pca"]
 
@@ -38,17 +34,6 @@ class Layout(NamedTuple):
 
     explained_variance: list[float] | None
     """Share of the variance of the unit vectors along each axis; of PCA only."""
-
-
-class StoredMap(NamedTuple):
-    """A map as it was kept."""
-
-    index: NDArray[np.int64]
-    """(n,) features."""
-
-    xy: NDArray[np.float64]
-    settings: dict[str, Any]
-    explained_variance: list[float] | None
 
 
 def lay_out(
@@ -140,32 +125,3 @@ def lay_out_file(
     vectors = np.load(path, allow_pickle=False)
     layout = lay_out(vectors, method, n_neighbors=n_neighbors, min_dist=min_dist, seed=seed)
     return layout.xy, layout.explained_variance
-
-
-def write_map(path: Path, index: ArrayLike, layout: Layout, settings: dict[str, Any]) -> None:
-    """Write a map; the file appears whole or not at all."""
-    told = {"settings": settings, "explained_variance": layout.explained_variance}
-    table = pa.table(
-        {"index": np.asarray(index, dtype=np.int64), "x": layout.xy[:, 0], "y": layout.xy[:, 1]},
-        metadata={"mistudio": json.dumps(told)},
-    )
-    with new_file(path) as part:
-        pq.write_table(table, part)
-
-
-def read_map(path: Path) -> StoredMap:
-    """Read a map.
-
-    Raises:
-        NotFound: there is none.
-        CorruptFile: it is torn.
-    """
-    if not path.is_file():
-        raise NotFound(f"There is no map {path.stem!r}.", fix="Make it with map_features.")
-    try:
-        table = pq.read_table(path)
-        told = json.loads((table.schema.metadata or {})[b"mistudio"])
-        xy = np.stack([table["x"].to_numpy(), table["y"].to_numpy()], axis=1)
-        return StoredMap(table["index"].to_numpy(), xy, told["settings"], told["explained_variance"])
-    except (OSError, KeyError, ValueError) as error:  # what pyarrow raises for a torn file is a ValueError
-        raise CorruptFile(f"The map {path.name} cannot be read: {error}.", fix="Make it again.") from error

@@ -131,8 +131,7 @@ class _Text:
         self.context = np.repeat(np.arange(len(examples)), lengths)
         counts = word < n_words
         place = np.arange(len(word))
-        left_out = np.repeat([example.n_left_out for example in examples], lengths)
-        known = counts & (np.concatenate([np.arange(n) for n in lengths]) >= left_out)
+        known = counts & np.concatenate([example.counted for example in examples])
         barrier = np.where(counts, np.repeat(np.cumsum(lengths) - lengths, lengths), place + 1)
         self.begin = np.maximum.accumulate(barrier)
         self.fires = (acts > 0) & known

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import os
 from collections.abc import Generator, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -29,6 +28,7 @@ from mistudio_engine.api.features import Example
 from mistudio_engine.api.records import Data
 from mistudio_engine.export.feature_json import strict_json
 from mistudio_engine.export.studio_zip import ExportedFile, ExportProgress
+from mistudio_engine.saes.folders import new_file
 
 __all__ = [
     "FORMAT",
@@ -105,35 +105,28 @@ def write_features(
     Raises:
         EmptyData: no features.
         BadInput: not as many features as said, or numbers that JSON cannot hold.
+        DiskFull: no space left.
     """
     if n_features < 1:
         raise EmptyData("There are no features to export.", fix="Choose features, or extract some first.")
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("wb") as file:
-            hashed = _Hashed(file)
-            # Neither name nor time in gzip's header: they would make other bytes of the same content.
-            packed = gzip.GzipFile("", "wb", COMPRESSION, hashed, mtime=0) if compress else None  # type: ignore[arg-type]
-            out = packed or hashed
-            begin = strict_json({"format": FORMAT, **head, "n_features": n_features}, "the head")
-            out.write(begin[:-1] + b',"features":[')
-            n = 0
-            for n, feature in enumerate(features, start=1):
-                out.write((b"\n" if n == 1 else b",\n") + strict_json(feature, f"feature {feature.get('index')}"))
-                if n % FEATURES_PER_STEP == 0:
-                    yield ExportProgress(f"Writing features ({n}/{n_features})", min(n / n_features, 1.0), n)
-            if n != n_features:
-                raise BadInput(f"{n} features came and {n_features} were announced.", fix="Give their number.")
-            out.write(b"\n]}\n")
-            if packed is not None:
-                packed.close()
-            file.flush()
-            os.fsync(file.fileno())
-            n_bytes = file.tell()
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    with new_file(path) as part, part.open("wb") as file:
+        hashed = _Hashed(file)
+        # Neither name nor time in gzip's header: they would make other bytes of the same content.
+        packed = gzip.GzipFile("", "wb", COMPRESSION, hashed, mtime=0) if compress else None  # type: ignore[arg-type]
+        out = packed or hashed
+        begin = strict_json({"format": FORMAT, **head, "n_features": n_features}, "the head")
+        out.write(begin[:-1] + b',"features":[')
+        n = 0
+        for n, feature in enumerate(features, start=1):
+            out.write((b"\n" if n == 1 else b",\n") + strict_json(feature, f"feature {feature.get('index')}"))
+            if n % FEATURES_PER_STEP == 0:
+                yield ExportProgress(f"Writing features ({n}/{n_features})", min(n / n_features, 1.0), n)
+        if n != n_features:
+            raise BadInput(f"{n} features came and {n_features} were announced.", fix="Give their number.")
+        out.write(b"\n]}\n")
+        if packed is not None:
+            packed.close()
+        n_bytes = file.tell()
     return ExportedFile(path, n_bytes, hashed.sha256.hexdigest(), n_features)
 
 

@@ -14,20 +14,17 @@ reads this zip; that tree is neuronpedia.py's. It does not know SQL, extractions
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import os
-import shutil
 import zipfile
 from collections.abc import Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from mistudio_engine.api.errors import BadInput, DiskFull, EmptyData, NotFound
+from mistudio_engine.api.errors import BadInput, EmptyData, NotFound
 from mistudio_engine.export.feature_json import ExportOptions, FeatureExport, payload, strict_json
+from mistudio_engine.saes.folders import new_file
 
 __all__ = ["WEIGHT_FILES", "ExportProgress", "ExportedFile", "SAEFacts", "estimate_bytes", "write_zip"]
 
@@ -129,7 +126,7 @@ def _write(
 ) -> Generator[ExportProgress, None, ExportedFile]:
     date = about.export_date.astimezone(UTC)
     weight_bytes = sum(file.stat().st_size for file in weights)
-    with _appearing(path) as (file, part):
+    with new_file(path) as part, part.open("wb+") as file:
         with zipfile.ZipFile(file, "w") as archive:
             metadata = _metadata(about, n_features, options)
             _add(archive, "metadata.json", strict_json(metadata, "metadata", indent=2), date)
@@ -154,41 +151,12 @@ def _write(
                     n_copied += n_bytes
                     yield ExportProgress("Copying weights", 0.8 + 0.15 * n_copied / weight_bytes, n_features)
         file.flush()
-        os.fsync(file.fileno())
         n_bytes, sha256 = part.stat().st_size, hashlib.sha256()
         file.seek(0)
         while chunk := file.read(CHUNK):
             sha256.update(chunk)
             yield ExportProgress("Hashing", 0.95 + 0.05 * file.tell() / n_bytes, n_features)
     return ExportedFile(path, n_bytes, sha256.hexdigest(), n_features)
-
-
-@contextmanager
-def _appearing(path: Path) -> Iterator[tuple[IO[bytes], Path]]:
-    """A file written as `*.part` and renamed when the block ends well, removed when it does not."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("wb+") as file:
-            yield file, part
-        os.replace(part, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            written, free = part.stat().st_size, shutil.disk_usage(path.parent).free
-            raise DiskFull.of("The export", written + CHUNK, free) from error
-        raise
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename last; Windows cannot open folders, and needs no such call."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _ascending(features: Iterable[FeatureExport]) -> Iterator[FeatureExport]:

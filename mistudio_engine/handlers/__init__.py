@@ -1,4 +1,4 @@
-"""The joint between the machine and the science: one file for each file of operations.
+"""The joint between the machine and the science: one file or a few for each file of operations.
 
 Importing this package loads only what needs no torch (the engine itself, its jobs, templates), so that the engine
 answers `status` while it is still starting; `load()` imports the rest, on the compute thread.
@@ -20,6 +20,7 @@ SCIENCE = (
     "datasets",
     "models",
     "training",
+    "trainings",
     "reproduce",
     "saes",
     "extractions",
@@ -31,6 +32,9 @@ SCIENCE = (
     "ablation",
     "published",
     "features",
+    "search",
+    "neighbours",
+    "on_text",
     "steering",
     "exports",
 )
@@ -42,7 +46,7 @@ def load(engine: Engine) -> None:
     engine.device = modules["resources"].best_device()
     engine.jobs.faults = modules["resources"].FAULTS
     modules["search_index"].open_index(engine)
-    modules["training"].follow_trainings(engine)
+    modules["trainings"].follow_trainings(engine)
     modules["exports"].follow_exports(engine)
 
 

@@ -27,7 +27,15 @@ from mistudio_engine.api.features import LogitToken
 from mistudio_engine.api.operations.ablation import AblateFeatures, ShowAblation, TestFeature
 from mistudio_engine.api.records import Finding, Plan, SAERecord
 from mistudio_engine.api.refs import FeatureKey, feature_of
-from mistudio_engine.discovery.ablation import Ablation, AblationProgress, Interval, Passage, ablate, matched_controls
+from mistudio_engine.discovery.ablation import (
+    Ablation,
+    AblationProgress,
+    Interval,
+    Passage,
+    ablate,
+    matched_controls,
+    writing,
+)
 from mistudio_engine.discovery.feature_test import OnText, feature_on_texts, verdict
 from mistudio_engine.handlers.knowledge import Knowledge
 from mistudio_engine.handlers.registry import Planned, handles, plans, runs
@@ -83,11 +91,12 @@ def run_ablate_features(
         ):
             frequency = np.zeros(known.sae.d_sae)
             frequency[known.extraction.indices] = known.extraction.frequency
+            comparable = frequency * writing(sae)  # a control needs a direction
             for n, index in enumerate(features):
                 kept = _by(engine, operation.sae, index, author)
                 if kept is None:  # otherwise this job found it before the engine was killed
                     passages, contexts = _passages(operation, known, lm, index)
-                    controls = matched_controls(frequency, index, operation.n_controls, operation.seed)
+                    controls = matched_controls(comparable, index, operation.n_controls, operation.seed)
                     if passages:
                         work = ablate(
                             lm, sae, known.sae.hook_name, index, passages, controls=controls, seed=operation.seed

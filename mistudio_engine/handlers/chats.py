@@ -6,7 +6,8 @@ nothing leaves the machine while it is offline, and keys go to the server that t
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self
 
 from mistudio_engine.api.errors import BadInput
 from mistudio_engine.api.operations.labels import LabelFeatures
@@ -20,7 +21,7 @@ from mistudio_engine.handlers.settings import require_person, setting
 from mistudio_engine.runtime.engine import Engine
 from mistudio_engine.runtime.secrets import Secrets
 
-__all__ = ["Connection", "budget_for", "connection", "open_chat", "require_person_for_address"]
+__all__ = ["Connection", "budget_for", "connection", "open_chat", "require_person_for_address", "still_allowed"]
 
 
 class Connection(NamedTuple):
@@ -38,6 +39,24 @@ class Connection(NamedTuple):
     def id(self) -> str:
         """As of `Chat`."""
         return f"{self.provider}/{self.model}"
+
+    def as_data(self) -> dict[str, Any]:
+        """For people to see, and for a job to keep."""
+        prices = (None, None) if self.prices is None else self.prices
+        return {
+            "provider": self.provider,
+            "model": self.model,
+            "base_url": self.base_url,
+            "price_per_million_input": prices[0],
+            "price_per_million_output": prices[1],
+        }
+
+    @classmethod
+    def from_data(cls, data: dict[str, Any]) -> Self:
+        """From what `as_data` gave."""
+        per_input, per_output = data["price_per_million_input"], data["price_per_million_output"]
+        prices = None if per_input is None else Prices(per_input, per_output)
+        return cls(data["provider"], data["model"], data["base_url"], prices)
 
 
 def require_person_for_address(base_url: str | None) -> None:
@@ -70,16 +89,26 @@ def connection(operation: LabelFeatures | ScoreLabels, engine: Engine, provider:
             "Where does the OpenAI-compatible server listen?",
             fix="Ask a person to set it: set_setting(key='labelling_base_url', value='http://127.0.0.1:8000/v1').",
         )
-    address = check_address(address, offline=engine.offline)
     found = Connection(
         provider,
         model,
-        address,
+        check_address(address),
         _prices(engine, provider, operation.price_per_million_input, operation.price_per_million_output),
     )
-    if provider == "openai":
-        needs_key(address, _key(engine, found))
+    still_allowed(engine, found)
     return found
+
+
+def still_allowed(engine: Engine, to: Connection) -> None:
+    """Refuse a connection that this engine cannot make now: keys and the network are not settled with a job.
+
+    Raises:
+        BadInput: there is no key where one is needed.
+        Unsupported: the engine is offline and the server is elsewhere.
+    """
+    check_address(to.base_url, offline=engine.offline)
+    if to.provider == "openai":
+        needs_key(to.base_url, _key(engine, to))
 
 
 def _prices(engine: Engine, provider: str, per_input: float | None, per_output: float | None) -> Prices | None:
@@ -93,8 +122,10 @@ def _prices(engine: Engine, provider: str, per_input: float | None, per_output: 
     return None if per_input is None or per_output is None else Prices(per_input, per_output)
 
 
-def budget_for(to: Connection, max_usd: float | None, spent: float = 0.0) -> Budget:
-    """The money of a job; to be asked for when it is planned and when it runs, as prices may be taken back meanwhile.
+def budget_for(
+    to: Connection, max_usd: float | None, spent: float = 0.0, note: Callable[[float], object] | None = None
+) -> Budget:
+    """The money of a job; `note` is as of `Budget`.
 
     Raises:
         BadInput: it has a cap, and nobody has said what the model costs.
@@ -104,7 +135,7 @@ def budget_for(to: Connection, max_usd: float | None, spent: float = 0.0) -> Bud
             f"max_usd = {max_usd:g} cannot be kept to: nobody has said what {to.id} costs.",
             fix="Give price_per_million_input and price_per_million_output in US dollars, from the provider's page.",
         )
-    return Budget(to.prices, max_usd, spent)
+    return Budget(to.prices, max_usd, spent, note)
 
 
 def _key(engine: Engine, to: Connection) -> str | None:

@@ -29,10 +29,11 @@ from mistudio_engine.api.records import DatasetRecord, ModelRecord, Page, Plan, 
 from mistudio_engine.demo.embedded import SAE_SEED, corpus
 from mistudio_engine.handlers.models import remove_folder
 from mistudio_engine.handlers.registry import Planned, handles, plans, runs
-from mistudio_engine.handlers.resources import one_at_a_time, open_tokens, read_source
+from mistudio_engine.handlers.relay import relay
+from mistudio_engine.handlers.resources import free_slug, one_at_a_time, open_tokens, read_source
 from mistudio_engine.models import datasets
 from mistudio_engine.models.checkpoint import load_tokenizer
-from mistudio_engine.models.tokens import pack, tokens_key
+from mistudio_engine.models.tokens import PackProgress, pack, tokens_key
 from mistudio_engine.runtime.engine import Engine
 from mistudio_engine.runtime.files import atomic_folder, sha256_file, slugify
 from mistudio_engine.runtime.jobs import JobContext
@@ -51,10 +52,10 @@ def plan_get_dataset(operation: GetDataset, engine: Engine) -> Planned:
     details: dict[str, Any] = {}
     if operation.model is not None:
         _check_context(engine.store.get(ModelRecord, operation.model), operation.context_size)
-    if source.kind == "local":
+    if source.path is not None:
         field = datasets.find_text_field(source.path, **_which(operation))
         details = {"text_field": field, "n_bytes": _size(source.path)}
-    elif source.kind == "hub" and operation.dry_run:
+    elif source.hub_id is not None and operation.dry_run:
         details = {"n_bytes": engine.hub.size("dataset", source.hub_id, operation.revision)}
     disk = details.get("n_bytes", 0) if source.kind == "hub" else 0
     summary = f"Bring in {operation.source} as dataset/{slug}"
@@ -126,9 +127,12 @@ def _source(operation: GetDataset) -> str:
 
 
 def _bring_in(operation: GetDataset, engine: Engine, slug: str) -> Generator[Progress, Signal, DatasetRecord]:
-    if engine.store.exists(DatasetRecord, slug):
-        return _same_dataset(engine.store.get(DatasetRecord, slug), operation)
     source = read_source(operation.source, "dataset")
+    if engine.store.exists(DatasetRecord, slug):
+        record = _same_dataset(engine.store.get(DatasetRecord, slug), operation)
+        if source.kind == "local":
+            yield from check_unchanged(engine, record)
+        return record
     has_splits = source.kind == "hub" or (source.path is not None and source.path.is_dir())
     record = DatasetRecord(
         slug=slug,
@@ -151,7 +155,7 @@ def _bring_in(operation: GetDataset, engine: Engine, slug: str) -> Generator[Pro
         yield Progress(stage="reading documents")
         record.text_field = datasets.find_text_field(path, **_which(operation))
         record.n_documents = yield from _count(datasets.read_documents(path, **_which(operation)))
-        record.n_bytes, record.sha256 = _size(path), datasets.content_hash(path)
+        record.n_bytes, record.sha256 = _size(path), (yield from hashed(path))
     except Exception:
         if source.kind != "local":  # what cannot be read is not kept
             shutil.rmtree(path, ignore_errors=True)
@@ -221,6 +225,9 @@ def _packed(
     model = engine.store.get(ModelRecord, operation.model)
     if engine.store.exists(TokensRecord, slug):
         return engine.store.get(TokensRecord, slug)
+    path = _path(engine, dataset)
+    before = datasets.stamp(path)
+    yield from check_unchanged(engine, dataset)
     folder = engine.home / "datasets" / "tokens" / slug
     folder.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(folder, ignore_errors=True)  # of an engine that died between writing it and its record
@@ -233,7 +240,10 @@ def _packed(
         n_tokens=operation.n_tokens,
         n_ctx=model.n_ctx or None,
     )
-    info = yield from _packing(packing, dataset)
+    info = yield from relay(packing, partial(_progress, dataset))
+    if datasets.stamp(path) != before:
+        shutil.rmtree(folder)
+        raise _changed(engine, dataset)
     record = TokensRecord(
         slug=slug,
         dataset=dataset.slug,
@@ -253,16 +263,36 @@ def _packed(
     return record
 
 
-def _packing(packing: Any, dataset: DatasetRecord) -> Generator[Progress, Signal, Any]:
-    while True:
-        try:
-            step = next(packing)
-        except StopIteration as done:
-            return done.value
-        fraction = step.fraction
-        if fraction is None and dataset.n_documents:
-            fraction = min(1.0, step.n_documents / dataset.n_documents)
-        yield Progress(stage="tokenising", fraction=fraction, metrics=None)
+def _progress(dataset: DatasetRecord, step: PackProgress) -> Progress:
+    fraction = step.fraction
+    if fraction is None and dataset.n_documents:
+        fraction = min(1.0, step.n_documents / dataset.n_documents)
+    return Progress(stage="tokenising", fraction=fraction, metrics=None)
+
+
+def check_unchanged(engine: Engine, dataset: DatasetRecord) -> Generator[Progress, Signal, None]:
+    """Refuse text that is no longer what the record says: its tokens would go under the hash of another text.
+
+    Raises:
+        Conflict: it has changed.
+    """
+    if (yield from hashed(_path(engine, dataset))) != dataset.sha256:
+        raise _changed(engine, dataset)
+
+
+def hashed(path: Path) -> Generator[Progress, Signal, str]:
+    """The hash of a file or folder."""
+    return (yield from relay(datasets.hashing(path), lambda share: Progress(stage=f"hashing: {share:.0%}")))
+
+
+def _changed(engine: Engine, dataset: DatasetRecord) -> Conflict:
+    name = free_slug(engine, dataset.slug, DatasetRecord)
+    return Conflict(
+        f"The text of {dataset.ref} has changed since it was brought in.",
+        why=f"What is at {_path(engine, dataset)} now does not have the recorded SHA-256, {dataset.sha256}.",
+        fix="Bring it in under a new name, or delete the dataset first; what was made of the old text stays as it is.",
+        next_call=("get_dataset", {"source": dataset.source, "name": name}),
+    )
 
 
 def documents_of(engine: Engine, dataset: DatasetRecord) -> Iterator[str]:
@@ -303,8 +333,9 @@ def run_download_dataset(
     shutil.rmtree(target, ignore_errors=True)
     fresh.rename(target)
     n_documents = yield from _count(documents_of(engine, record))
+    digest = yield from hashed(target)
     return engine.store.update(
-        DatasetRecord, record.slug, n_documents=n_documents, n_bytes=_size(target), sha256=datasets.content_hash(target)
+        DatasetRecord, record.slug, n_documents=n_documents, n_bytes=_size(target), sha256=digest
     )
 
 

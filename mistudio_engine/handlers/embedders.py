@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+from itertools import count
 from pathlib import Path
 
+import numpy as np
 from huggingface_hub import try_to_load_from_cache
 
 from mistudio_engine.api.errors import BadInput, MistudioError, NotFound
@@ -21,6 +23,12 @@ from mistudio_engine.runtime.secrets import Secrets
 
 __all__ = ["is_slow", "open_embedder"]
 
+PROBE = "What this text means tells one model from another."
+"""Embedded by a server at each opening."""
+
+SAME_MODEL = 0.999
+"""The least cosine of two vectors that one model gave one text; arithmetic of another machine costs less."""
+
 FILES = ("*.json", "*.txt", "*.model", "model*.safetensors", "0_Transformer/model*.safetensors")
 """What a sentence model needs of its repository; never a pickle."""
 
@@ -31,7 +39,11 @@ def is_slow(name: str) -> bool:
 
 
 def open_embedder(engine: Engine, name: str) -> Embedder | None:
-    """The embedder that a setting's value names; None for words only. A server is asked once, for its dimension.
+    """The embedder that a setting's value names; None for words only.
+
+    A server may have another model behind a name than last time: one that gives other vectors has an id of its own, so
+    that they are not mixed. What cannot be known is that a model was exchanged for one of the same dimension while it
+    is in use: that is noticed when the embedder is opened again, at the next start at the latest.
 
     Raises:
         MistudioError: it cannot be had, and why.
@@ -48,10 +60,10 @@ def open_embedder(engine: Engine, name: str) -> Embedder | None:
     if kind == "openai":
         address = check_address(setting(engine, "openai_base_url"), offline=engine.offline)
         key = secrets.get("openai_api_key")
-        return _ready(OpenAIEmbedder(model, base_url=address, api_key=key, redact=secrets.redact))
+        return _recognised(engine, OpenAIEmbedder(model, base_url=address, api_key=key, redact=secrets.redact))
     if kind == "ollama":
         address = check_address(setting(engine, "ollama_base_url"), offline=engine.offline)
-        return _ready(OllamaEmbedder(model, base_url=address, redact=secrets.redact))
+        return _recognised(engine, OllamaEmbedder(model, base_url=address, redact=secrets.redact))
     if kind == "transformers":
         return SentenceEmbedder(_folder(engine, model), name)
     raise BadInput(
@@ -60,12 +72,26 @@ def open_embedder(engine: Engine, name: str) -> Embedder | None:
     )
 
 
-def _ready(embedder: OpenAIEmbedder | OllamaEmbedder) -> Embedder:
+def _recognised(engine: Engine, embedder: OpenAIEmbedder | OllamaEmbedder) -> Embedder:
+    """The embedder, with the id under which the vectors of the model that answers now are kept."""
     try:
-        return embedder.ready()
+        (vector,) = embedder.embed([PROBE])
     except MistudioError:
         embedder.close()
         raise
+    name = embedder.id
+    for number in count(1):
+        embedder.id = name if number == 1 else f"{name} ({number})"
+        (before,) = engine.store.embeddings(embedder.id, [PROBE])
+        if before is None:
+            engine.store.put_embeddings(embedder.id, {PROBE: vector.tobytes()})
+        if before is None or _alike(np.frombuffer(before, np.float32), vector):
+            break
+    return embedder
+
+
+def _alike(one: np.ndarray, other: np.ndarray) -> bool:
+    return one.shape == other.shape and float(one @ other) >= SAME_MODEL
 
 
 def _folder(engine: Engine, source: str) -> Path:
@@ -77,9 +103,9 @@ def _folder(engine: Engine, source: str) -> Path:
     cached = try_to_load_from_cache(found.hub_id, "config.json")
     if isinstance(cached, str) and any(Path(cached).parent.glob("model*.safetensors")):
         return Path(cached).parent
-    target = engine.home / "embedders" / slugify(found.hub_id)
+    target = engine.home.joinpath("embedders", *(slugify(part) for part in found.hub_id.split("/")))
     if not target.exists():
-        target.parent.mkdir(exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         for _ in engine.hub.download("model", found.hub_id, target, allow_patterns=FILES):
             pass  # nobody looks on: a search meanwhile says that it is being opened
     return target

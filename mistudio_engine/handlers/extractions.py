@@ -43,13 +43,13 @@ from mistudio_engine.handlers.resources import (
     sparse_autoencoder,
     tokens_of,
 )
-from mistudio_engine.handlers.search_index import index_features
+from mistudio_engine.handlers.search_index import drop_features, index_features
 from mistudio_engine.models.checkpoint import load_tokenizer
 from mistudio_engine.models.hooks import parse_hook
 from mistudio_engine.models.language_model import LanguageModel, unembedding
 from mistudio_engine.models.vocabulary import special_ids, token_strings
 from mistudio_engine.runtime.engine import Engine
-from mistudio_engine.runtime.files import sha256_folder
+from mistudio_engine.runtime.files import hashing_folder
 from mistudio_engine.runtime.jobs import JobContext
 from mistudio_engine.saes import SAE
 from mistudio_engine.saes.folders import new_file
@@ -252,6 +252,7 @@ def _extract(
                 yield from _lens(lm, module, each, store, number / len(making), 1 / len(making))
             for number, (each, store) in enumerate(zip(making, stores, strict=True)):
                 yield from _scores(each, store, specials, number / len(making), 1 / len(making))
+        hashes = yield from _hashes(making)
         records = {
             each.sae.slug: ExtractionRecord(
                 slug=each.slug,
@@ -268,9 +269,9 @@ def _extract(
                 job=context.job.slug,
                 settings=store.info.settings | {"window": operation.window, "exclude_tokens": operation.exclude_tokens},
                 folder=str(each.folder.relative_to(engine.home)),
-                sha256=sha256_folder(each.folder),
+                sha256=sha256,
             )
-            for each, store in zip(making, stores, strict=True)
+            for each, store, sha256 in zip(making, stores, hashes, strict=True)
         }
         with engine.store.transaction():
             for slug, record in records.items():
@@ -342,6 +343,15 @@ def _scores(
         pq.write_table(pa.table(found._asdict()), part)
 
 
+def _hashes(making: Sequence[_Making]) -> Generator[Progress, Signal, list[str]]:
+    """What each extraction is known by from now on."""
+    hashes = []
+    for each in making:
+        work = hashing_folder(each.folder)
+        hashes.append((yield from relay(work, lambda _: Progress(stage="hashing", fraction=SCORES))))
+    return hashes
+
+
 def _staged(
     work: Any, stage: str, begin: float, end: float, start: float, share: float
 ) -> Generator[Progress, Signal, Any]:
@@ -402,6 +412,6 @@ def delete_extraction(operation: DeleteExtraction, engine: Engine) -> Deleted:
         if was_current:
             engine.store.update(SAERecord, record.sae, extraction=None)
         engine.store.delete(ExtractionRecord, record.slug)
-    if was_current and engine.index is not None:
-        engine.index.delete_sae(record.sae)
+    if was_current:
+        drop_features(engine, record.sae)
     return Deleted(ref=record.ref, freed_bytes=remove_folder(engine, record.folder))

@@ -19,7 +19,8 @@ from mistudio_engine.api.errors import BadInput, NotFound
 from mistudio_engine.api.events import Progress, Signal
 from mistudio_engine.api.operations.analysis import MapFeatures, ShowMap
 from mistudio_engine.api.records import LabelRecord, Plan
-from mistudio_engine.discovery.feature_map import Layout, StoredMap, lay_out_file, read_map, write_map
+from mistudio_engine.discovery.feature_map import Layout, lay_out_file
+from mistudio_engine.discovery.map_store import StoredMap, read_map, write_map
 from mistudio_engine.handlers.knowledge import DERIVED_FOLDER, Knowledge
 from mistudio_engine.handlers.registry import Planned, handles, plans, runs
 from mistudio_engine.handlers.relay import relay

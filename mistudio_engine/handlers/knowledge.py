@@ -171,6 +171,11 @@ class Knowledge:
         }
         return self.named(index).model_copy(update=known)
 
+    def row_of_any(self, index: int) -> FeatureRow:
+        """A feature in a list with what is known of it, be it only its name."""
+        covered = self.sae.extraction is not None and index in self.extraction.indices
+        return self.row(index) if covered else self.named(index)
+
     def top_tokens(self, index: int, n: int) -> list[TopToken]:
         """Tokens on which a feature fires most often."""
         found = self.extraction.top_tokens(index, n=n)
@@ -259,19 +264,9 @@ class Knowledge:
     def card(self, index: int, *, n: int, sampling: str, window: int | None, bins: int) -> FeatureCard:
         """All that is known of one feature; what only an extraction knows is None before there is one."""
         self.check_index(index)
-        key = FeatureKey(self.sae.slug, index)
         history = self.engine.store.label_history(self.sae.slug, index)
         if self.sae.extraction is None:
-            label = history[0] if history else None
-            return FeatureCard(
-                ref=key.ref,
-                id=key.id,
-                sae=self.sae.slug,
-                index=index,
-                label=label.label if label else None,
-                category=label.category if label else None,
-                labels=history,
-            )
+            return FeatureCard(**self.named(index).model_dump(), labels=history)
         stats = self.extraction.feature(index)
         logits = self.logit_tokens(index, 20)
         return FeatureCard(

@@ -1,20 +1,20 @@
 """The book of a labelling job: what it still has to do, and what it has found, written down as it comes.
 
-A label and what was asked for it are one transaction, so a job whose engine was killed finds what it has done: it asks
-again neither for what it labelled nor for what it failed at. It does not know how labels are found.
+A label, or the event that there is none (`not_labelled`, with the features by reason), and what was asked for it are
+one transaction, so a job whose engine was killed finds what it has done: it asks again neither for what it labelled nor
+for what it failed at. It does not know how labels are found.
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import Any
 
 from mistudio_engine.api.events import Progress
 from mistudio_engine.api.features import LabellingReport
 from mistudio_engine.api.operations.labels import LabelFeatures
 from mistudio_engine.api.records import Finding, LabelRecord, SAERecord
-from mistudio_engine.discovery.labelling.budget import Prices
 from mistudio_engine.discovery.labelling.labeller import Label, LabelFailure
 from mistudio_engine.handlers.knowledge import Knowledge
 from mistudio_engine.handlers.search_index import update_rows
@@ -52,23 +52,22 @@ class LabelBook:
 
     def __init__(self, operation: LabelFeatures, engine: Engine, context: JobContext, known: Knowledge) -> None:
         self._engine, self._sae, self._author = engine, operation.sae, f"job:{context.job.slug}"
+        self._publish, self._channel = context.publish, f"jobs/{context.job.slug}"
         self._extraction = known.record.slug
-        self._n_prompt_before = self._n_completion_before = 0
         self.failures: Counter[str] = Counter()
         self._samples: list[dict[str, Any]] = []
         self.n_labelled = self.n_kept = 0
         self.wanted: list[int] = []
+        reasons = self._failed_before()
         for index in asked_for(operation, known):
-            label, before = known.labels.get(index), self._before(index)
-            if before is not None:
-                self._count(before)
-            if label is not None and label.author == self._author:
+            label = known.labels.get(index)
+            if label is not None and label.author == self._author and label.extraction == self._extraction:
                 self.n_labelled += 1  # by this job before the engine was killed
                 self._samples = _best([*self._samples, _sample(label)])
-            elif stays(operation, label):
+            elif label is not None and label.author != self._author and stays(operation, label):
                 self.n_kept += 1
-            elif before is not None and before.body.get("reason"):
-                self.failures[before.body["reason"]] += 1
+            elif index in reasons:
+                self.failures[reasons[index]] += 1
             else:
                 self.wanted.append(index)
         self._n_done, self._began_at = 0, time.monotonic()
@@ -76,20 +75,16 @@ class LabelBook:
         self._unindexed: list[int] = []
         self._kept_at = self._indexed_at = self._began_at
 
-    def _before(self, index: int) -> Finding | None:
-        """What this job asked about a feature before the engine was killed."""
-        found = self._engine.store.findings(self._sae, index, "attempt")
-        return next((each for each in found if each.author == self._author), None)
-
-    def _count(self, attempt: Finding) -> None:
-        # The numbers alone: with their prompts the attempts of a large dictionary take hundreds of megabytes.
-        for each in attempt.body.get("tries", []):
-            self._n_prompt_before += each.get("n_prompt_tokens", 0)
-            self._n_completion_before += each.get("n_completion_tokens", 0)
-
-    def usd_before(self, prices: Prices | None) -> float:
-        """What this job had spent before the engine was killed; 0 where nobody has said the prices."""
-        return prices.usd(self._n_prompt_before, self._n_completion_before) if prices else 0.0
+    def _failed_before(self) -> dict[int, str]:
+        """The features that this job failed at before the engine was killed, from this extraction, and why."""
+        found: dict[int, str] = {}
+        seq = 0
+        while events := self._engine.store.events_after(seq, [self._channel], names=["not_labelled"]):
+            for event in events:
+                if event.data["extraction"] == self._extraction:
+                    found |= {index: reason for reason, some in event.data["features"].items() for index in some}
+            seq = events[-1].seq
+        return found
 
     def enter(self, outcome: Label | LabelFailure) -> None:
         """Take note of an outcome; it is written with the next ones."""
@@ -109,10 +104,12 @@ class LabelBook:
 
     def _write(self) -> None:
         new, self._new = self._new, []
+        failed: dict[str, list[int]] = defaultdict(list)
         with self._engine.store.transaction():
             for outcome in new:
                 if isinstance(outcome, LabelFailure):
                     self.failures[outcome.reason] += 1
+                    failed[outcome.reason].append(outcome.feature)
                 elif (written := self._engine.store.add_label(self._record(outcome))) is None:
                     self.n_kept += 1  # somebody labelled it meanwhile
                 else:
@@ -120,6 +117,8 @@ class LabelBook:
                     self._unindexed.append(outcome.feature)
                     self._samples = _best([*self._samples, _sample(written)])
             self._engine.store.add_findings([self._finding(outcome) for outcome in new])
+            if failed:
+                self._publish(self._channel, "not_labelled", {"features": failed, "extraction": self._extraction})
 
     def _record(self, label: Label) -> LabelRecord:
         return LabelRecord(

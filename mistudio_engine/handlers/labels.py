@@ -18,12 +18,13 @@ from mistudio_engine.discovery.labelling.labeller import Labeller, gather_eviden
 from mistudio_engine.discovery.labelling.llm import LLMLabeller
 from mistudio_engine.discovery.labelling.prompts import SYSTEM_MESSAGE, USER_PROMPT, Notes, Place, Prompt
 from mistudio_engine.discovery.labelling.token_pattern import TokenPatternLabeller
-from mistudio_engine.handlers.chats import budget_for, connection, open_chat, require_person_for_address
+from mistudio_engine.handlers.chats import Connection, budget_for, open_chat, require_person_for_address
 from mistudio_engine.handlers.knowledge import DERIVED_FOLDER, Knowledge
 from mistudio_engine.handlers.label_book import LabelBook, asked_for, stays
+from mistudio_engine.handlers.ledger import Ledger
 from mistudio_engine.handlers.registry import Planned, handles, plans, runs
 from mistudio_engine.handlers.search_index import update_rows
-from mistudio_engine.handlers.settings import setting
+from mistudio_engine.handlers.settled import settle, settled
 from mistudio_engine.runtime.engine import Engine, caller
 from mistudio_engine.runtime.jobs import JobContext
 
@@ -52,15 +53,13 @@ def plan_label_features(operation: LabelFeatures, engine: Engine) -> Planned:
             known.check_index(index)
             if index not in covered:
                 known.extraction.feature(index)  # which says that the extraction was of other features
-        if _provider(operation, engine) == "token_pattern":
+        agreed = settle(operation, engine, known)
+        if agreed.to is None:
             plan = _plan_token_pattern(operation, known)
         else:
-            plan = _plan_llm(operation, engine, known)
+            plan = _plan_llm(operation, engine, known, agreed.to)
+        plan.details["settled"] = agreed.as_data()
         return Planned(plan, subject=known.sae.ref)
-
-
-def _provider(operation: LabelFeatures, engine: Engine) -> str:
-    return operation.provider or setting(engine, "labelling_provider")
 
 
 def _plan_token_pattern(operation: LabelFeatures, known: Knowledge) -> Plan:
@@ -74,8 +73,7 @@ def _plan_token_pattern(operation: LabelFeatures, known: Knowledge) -> Plan:
     return Plan(summary=f"Label {n:,} features of {known.sae.ref} by their token patterns.", details={"n_features": n})
 
 
-def _plan_llm(operation: LabelFeatures, engine: Engine, known: Knowledge) -> Plan:
-    to = connection(operation, engine, _provider(operation, engine))
+def _plan_llm(operation: LabelFeatures, engine: Engine, known: Knowledge, to: Connection) -> Plan:
     budget_for(to, operation.max_usd)
     wanted = [index for index in asked_for(operation, known) if not stays(operation, known.labels.get(index))]
     prompt, notes = _prompt(operation, known), _notes(known)
@@ -120,11 +118,10 @@ def _measured_seconds(engine: Engine, method: str) -> float | None:
 def run_label_features(
     operation: LabelFeatures, engine: Engine, context: JobContext
 ) -> Generator[Progress, Signal, LabellingReport]:
-    with Knowledge.of(engine, operation.sae) as known:
-        book = LabelBook(operation, engine, context, known)
-        provider = _provider(operation, engine)
-        to = None if provider == "token_pattern" else connection(operation, engine, provider)
-        budget = Budget() if to is None else budget_for(to, operation.max_usd, book.usd_before(to.prices))
+    agreed, ledger = settled(operation, engine, context), Ledger(engine, context)
+    with agreed.knowledge(engine, operation.sae) as known:
+        book, to = LabelBook(operation, engine, context, known), agreed.to
+        budget = Budget() if to is None else budget_for(to, operation.max_usd, ledger.usd, ledger.write)
         if to is None:
             labeller: Labeller = _token_pattern(known)
         else:
@@ -144,6 +141,7 @@ def run_label_features(
                     break
         finally:  # cancelled or not: what came is kept, and found
             found.close()  # type: ignore[attr-defined]  # a generator
+            ledger.write(budget.spent + budget.held)
             book.close()
         report = book.report(labeller.id)
         if isinstance(labeller, LLMLabeller):

@@ -1,46 +1,50 @@
 """Handlers of api/operations/published.py: what Neuronpedia published of an SAE is brought in and shown.
 
 Files are worked through one after the other, statistics first; each that is done is noted in a checkpoint. Labels go to
-the records, examples into parquet files beside the current extraction, all at once when the last file is done.
+the records, examples beside the SAE's weights, all at once when the last file is done. Of several imports for one SAE
+each waits for the one before.
 """
 
 from __future__ import annotations
 
 import json
-import re
-import shutil
+import threading
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mistudio_engine.api.errors import BadInput, CorruptFile, EmptyData, Forbidden, NotFound, WrongShape
+from mistudio_engine.api.errors import Forbidden, NotFound, WrongShape
 from mistudio_engine.api.events import Progress, Signal
 from mistudio_engine.api.operations.published import ImportLabels, ShowPublished
-from mistudio_engine.api.published import Fidelity, ImportReport, Published, PublishedExample, PublishedFeature
+from mistudio_engine.api.published import Fidelity, ImportReport, Published
 from mistudio_engine.api.records import LabelRecord, ModelRecord, Plan, SAERecord
 from mistudio_engine.api.refs import FeatureKey
 from mistudio_engine.discovery.ablation import written_rows
+from mistudio_engine.discovery.published_store import (
+    EXAMPLES_SCHEMA,
+    FEATURES_SCHEMA,
+    finish_source,
+    read_source,
+    write_statistics,
+)
 from mistudio_engine.export import neuronpedia_reader as reader
 from mistudio_engine.export.neuronpedia_reader import FileName, Identity, PublishedExplanation, Refused
 from mistudio_engine.handlers.knowledge import Knowledge
+from mistudio_engine.handlers.published_source import Source, SourceFile
 from mistudio_engine.handlers.registry import Planned, handles, plans, runs
+from mistudio_engine.handlers.resources import one_at_a_time
 from mistudio_engine.handlers.search_index import update_rows
-from mistudio_engine.runtime.bucket import Bucket, BucketFile
 from mistudio_engine.runtime.engine import Engine, caller
-from mistudio_engine.runtime.files import atomic_folder, require_free, slugify, write_atomic
+from mistudio_engine.runtime.files import require_free, slugify, write_atomic
 from mistudio_engine.runtime.jobs import JobContext
 from mistudio_engine.saes import load_sae
-from mistudio_engine.saes.folders import new_file
-
-NEURONPEDIA = "https://neuronpedia-datasets.s3.us-east-1.amazonaws.com"
-"""The bucket of its public data set; everything lies below v1/."""
+from mistudio_engine.saes.folders import new_file, take_place
 
 AUTHOR = "neuronpedia:"
 """What the author of a published label begins with."""
@@ -48,8 +52,14 @@ AUTHOR = "neuronpedia:"
 MACHINES = ("job:", AUTHOR)
 """Authors whose labels a published one may follow."""
 
-FOLDER, INFO_FILE, FEATURES_FILE = "derived/published_examples", "published.json", "features.parquet"
-STATE_FILE = "state.json"
+FOLDER = "published"
+"""In the SAE's folder: a folder for each source."""
+
+STATE_FILE, READY = "state.json", "ready"
+"""In a job's folder: which files are done, and the folder that becomes the source's."""
+
+_replacing = threading.Lock()
+"""Held where a source's folder is read, or another takes its place."""
 
 ROWS_AT_ONCE = 1024
 """Lines to a step, and examples to a row group at most."""
@@ -60,89 +70,6 @@ FEATURES_A_FILE = 1024
 
 MAX_EXAMPLES, MAX_LABELS = 100, 8
 """Of a feature, from one source."""
-
-REMOTE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
-
-FEATURES_SCHEMA = pa.schema([("index", pa.int64()), ("max", pa.float64()), ("frequency", pa.float64())])
-EXAMPLES_SCHEMA = pa.schema(
-    [
-        ("index", pa.int64()),
-        ("tokens", pa.list_(pa.string())),
-        ("values", pa.list_(pa.float32())),
-        ("position", pa.int32()),
-        ("bin_min", pa.float64()),
-        ("bin_max", pa.float64()),
-        ("bin_contains", pa.float64()),
-    ]
-)
-
-
-class SourceFile(NamedTuple):
-    """A file of a source, here or in a bucket."""
-
-    name: FileName
-    n_bytes: int
-    path: Path | None
-    remote: BucketFile | None
-
-
-class Source:
-    """Where published files are, and what they are expected to be of."""
-
-    def __init__(self, operation: ImportLabels) -> None:
-        self.folder: Path | None = None
-        self.expected: Identity | None = None
-        if operation.source[0] in "/.~":
-            self.folder = Path(operation.source).expanduser()
-            if not self.folder.is_dir():
-                raise NotFound(
-                    f"There is no folder {operation.source!r}.", why="It is looked up on the engine's machine."
-                )
-            return
-        if not REMOTE.fullmatch(operation.source):
-            raise BadInput(
-                f"{operation.source[:100]!r} is neither MODEL/SOURCE nor a folder.",
-                fix="Write it as Neuronpedia does, such as gpt2-small/8-res-jb.",
-            )
-        model_id, _, source_id = operation.source.partition("/")
-        self.expected = Identity(model_id, source_id)
-        self.bucket = Bucket(operation.base_url or NEURONPEDIA)
-
-    @property
-    def where(self) -> str:
-        """For people to read."""
-        return "a local folder" if self.folder is not None else self.bucket.host
-
-    def files(self, operation: ImportLabels) -> list[SourceFile]:
-        """Those wanted, in the order in which they are worked through.
-
-        Raises:
-            EmptyData: there are none.
-        """
-        wanted = {"features", *(["explanations"] if operation.labels else [])}
-        wanted |= {"activations"} if operation.examples else set()
-        found = [each for each in self._all() if each.name.kind in wanted]
-        if not any(each.name.kind != "features" for each in found):
-            raise EmptyData(
-                f"{operation.source} has no {' or '.join(sorted(wanted - {'features'}))} to bring in.",
-                why="They are files such as explanations/batch-0.jsonl.gz.",
-                fix="Check the source.",
-            )
-        return sorted(found, key=lambda each: (reader.KINDS.index(each.name.kind), each.name.batch))
-
-    def _all(self) -> Iterator[SourceFile]:
-        if self.folder is not None:
-            for path in self.folder.glob("*/batch-*.jsonl.gz"):
-                name = reader.parse_file_name(f"{path.parent.name}/{path.name}")
-                if name is not None and path.is_file():
-                    yield SourceFile(name, path.stat().st_size, path, None)
-            return
-        assert self.expected is not None
-        prefix = f"v1/{self.expected.model_id}/{self.expected.source_id}/"
-        for file in self.bucket.listing(prefix):
-            name = reader.parse_file_name(file.key.removeprefix(prefix))
-            if name is not None:
-                yield SourceFile(name, file.n_bytes, None, file)
 
 
 @plans(ImportLabels)
@@ -155,31 +82,51 @@ def plan_import_labels(operation: ImportLabels, engine: Engine) -> Planned:
     with Knowledge.of(engine, operation.sae) as known:
         for index in operation.features or []:
             known.check_index(index)
-        if operation.examples:
-            _ = known.record  # there has to be an extraction, beside which they are kept
         source = Source(operation)
         if source.expected is not None:
             _check(known, operation, source.expected, source.expected, None)
-        files = source.files(operation)
-        n_bytes = sum(each.n_bytes for each in files)
-        require_free(engine.home, 2 * n_bytes, "This import")
-        n_batches = len({each.name.batch for each in files})
-        n_features = min(known.sae.d_sae, n_batches * FEATURES_A_FILE, len(operation.features or []) or known.sae.d_sae)
+        n_features = len(operation.features or []) or known.sae.d_sae
+        n_bytes, details = 0, {}
+        # A bucket takes its time to answer: only somebody who asked for the plan waits for it.
+        if source.folder is not None or operation.dry_run:
+            files = source.files(operation)
+            n_bytes = _room(engine, files)
+            n_features = min(n_features, len({each.name.batch for each in files}) * FEATURES_A_FILE)
+            details = {"n_files": len(files), "n_bytes": n_bytes, "n_features_at_most": n_features}
         plan = Plan(
             summary=f"Bring in what {operation.source} says of at most {n_features:,} features of {known.sae.ref}.",
             disk_bytes=2 * n_bytes,
-            details={"n_files": len(files), "n_bytes": n_bytes, "n_features_at_most": n_features},
+            details=details,
         )
         return Planned(plan, subject=known.sae.ref)
+
+
+def _room(engine: Engine, files: list[SourceFile]) -> int:
+    """The bytes of some files, for which there has to be room twice.
+
+    Raises:
+        DiskFull: there is not.
+    """
+    n_bytes = sum(each.n_bytes for each in files)
+    require_free(engine.home, 2 * n_bytes, "This import")
+    return n_bytes
 
 
 @runs(ImportLabels, lane="io", resumes="checkpoint")
 def run_import_labels(
     operation: ImportLabels, engine: Engine, context: JobContext
 ) -> Generator[Progress, Signal, ImportReport]:
+    ref = f"{engine.store.get(SAERecord, operation.sae).ref}/published"
+    return (yield from one_at_a_time(engine, ref, lambda: _bring_in(operation, engine, context)))
+
+
+def _bring_in(
+    operation: ImportLabels, engine: Engine, context: JobContext
+) -> Generator[Progress, Signal, ImportReport]:
     source = Source(operation)
+    yield Progress(stage=f"asking {source.where} for its files")
     files = source.files(operation)
-    n_bytes = sum(each.n_bytes for each in files)
+    n_bytes = _room(engine, files)
     with Knowledge.of(engine, operation.sae) as known, _Import(operation, engine, context, known, source) as work:
         n_before = 0
         for file in files:
@@ -218,8 +165,12 @@ class _Import:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.wanted = None if operation.features is None else set(operation.features)
         self.state: dict[str, Any] = {"done": [], "counts": {}, "refused": {}, "identity": None}
+        self.ready = self.folder / READY
         if (self.folder / STATE_FILE).exists():
             self.state = json.loads((self.folder / STATE_FILE).read_text(encoding="utf-8"))
+        else:  # otherwise a folder that is missing has been published already
+            self.ready.mkdir(exist_ok=True)
+        self._read_from = f"read from {source.where} by {context.job.ref}."
         self._changed: list[int] = []
         self._counts, self._refused = Counter[str](), Counter[str]()  # of the file that is being read
 
@@ -285,7 +236,7 @@ class _Import:
                 self._counts["features"] += 1
             if n % ROWS_AT_ONCE == 0:
                 yield share
-        _write_parquet(self._piece(name), [pa.table(columns, schema=FEATURES_SCHEMA)], FEATURES_SCHEMA)
+        write_statistics(self.folder / f"features-{name.batch}.parquet", pa.table(columns, schema=FEATURES_SCHEMA))
 
     def _explanations(self, path: Path) -> Iterator[float]:
         found: dict[int, list[PublishedExplanation]] = {}
@@ -306,7 +257,7 @@ class _Import:
         self._index(0)
 
     def _label(self, found: PublishedExplanation) -> bool:
-        """Write a label down, unless it is here or somebody has a better word; whether it was written."""
+        """Write a label down, unless it is here or somebody has a better word; whether it is this job's."""
         store, sae = self.engine.store, self.operation.sae
         label = LabelRecord(
             sae=sae,
@@ -316,14 +267,20 @@ class _Import:
             method=found.method,
             evidence=f"Published at Neuronpedia as {'/'.join(found.of)} feature {found.index}"
             + (f", explanation {found.id}; " if found.id else "; ")
-            + f"read from {self.source.where}.",
+            + self._read_from,
             scores={"published": found.scores} if found.scores else {},
         )
         with store.transaction():  # between looking and writing nobody else may come
             history = store.label_history(sae, found.index)
-            if any(
-                (each.author, each.label, each.method) == (label.author, label.label, label.method) for each in history
-            ):
+            same = [
+                each
+                for each in history
+                if (each.author, each.label, each.method) == (label.author, label.label, label.method)
+            ]
+            if any(each.evidence.endswith(self._read_from) for each in same):
+                self._counts["labels"] += 1  # by an attempt that was killed, maybe before it could be found
+                return True
+            if same:
                 self._counts["known"] += 1
                 return False
             if history and not history[0].author.startswith(MACHINES):
@@ -358,14 +315,12 @@ class _Import:
                     rows = []
             yield pa.Table.from_pylist(rows, schema=EXAMPLES_SCHEMA)
 
-        with new_file(self._piece(name)) as part, pq.ParquetWriter(part, EXAMPLES_SCHEMA) as writer:
+        piece = self.ready / f"activations-{name.batch}.parquet"
+        with new_file(piece) as part, pq.ParquetWriter(part, EXAMPLES_SCHEMA) as writer:
             for table in tables():
                 if len(table):
                     writer.write_table(table)
                 yield shares[-1] if shares else 1.0
-
-    def _piece(self, name: FileName) -> Path:
-        return self.folder / f"{name.kind}-{name.batch}.parquet"
 
     @cached_property
     def _statistics(self) -> pa.Table:
@@ -373,16 +328,15 @@ class _Import:
         return pa.concat_tables(pieces) if pieces else FEATURES_SCHEMA.empty_table()
 
     def publish(self) -> None:
-        """Put examples and statistics beside the extraction, in place of what an earlier import of the source put."""
+        """Put examples and statistics beside the SAE, in place of what an earlier import of the source put."""
+        if not self.ready.exists():
+            return
         identity = self.state["identity"] or ["unknown", "unknown"]
-        target = self.known.folder / FOLDER / slugify("-".join(identity))
-        shutil.rmtree(target, ignore_errors=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_folder(target) as folder:
-            for piece in sorted(self.folder.glob("activations-*.parquet")):
-                shutil.copyfile(piece, folder / piece.name)
-            pq.write_table(self._statistics, folder / FEATURES_FILE)
-            (folder / INFO_FILE).write_text(json.dumps({"source": "/".join(identity)}), encoding="utf-8")
+        finish_source(self.ready, "/".join(identity), self._statistics)
+        target = _published(self.engine, self.known.sae) / slugify("-".join(identity))
+        target.parent.mkdir(exist_ok=True)
+        with _replacing:
+            take_place(self.ready, target)
 
     def report(self, n_files: int) -> ImportReport:
         counts, identity = Counter(self.state["counts"]), self.state["identity"]
@@ -436,12 +390,6 @@ def _check(
     )
 
 
-def _write_parquet(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> None:
-    with new_file(path) as part, pq.ParquetWriter(part, schema) as writer:
-        for table in tables:
-            writer.write_table(table)
-
-
 @handles(ShowPublished)
 def show_published(operation: ShowPublished, engine: Engine) -> Published:
     with Knowledge.of(engine, operation.sae) as known:
@@ -449,12 +397,10 @@ def show_published(operation: ShowPublished, engine: Engine) -> Published:
         key = FeatureKey(operation.sae, operation.index)
         history = engine.store.label_history(operation.sae, operation.index)
         labels = [each for each in history if each.author.startswith(AUTHOR)]
-        sources = []
-        if known.sae.extraction is not None:
-            for folder in sorted((known.folder / FOLDER).glob("*/")):
-                found = _published(folder, operation.index, operation.n)
-                if found is not None:
-                    sources.append(found)
+    with _replacing:
+        folders = sorted(_published(engine, known.sae).glob("*/"))
+        found = [read_source(folder, operation.index, operation.n) for folder in folders]
+    sources = [each for each in found if each is not None]
     if not labels and not sources:
         raise NotFound(
             f"Nothing published of {key.ref} was brought in.",
@@ -464,27 +410,6 @@ def show_published(operation: ShowPublished, engine: Engine) -> Published:
     return Published(ref=key.ref, sae=key.sae, index=key.index, labels=labels, sources=sources)
 
 
-def _published(folder: Path, index: int, n: int) -> PublishedFeature | None:
-    """What a source says of a feature; None for nothing."""
-    try:
-        source = json.loads((folder / INFO_FILE).read_text(encoding="utf-8"))["source"]
-        statistics = pq.read_table(folder / FEATURES_FILE, filters=[("index", "==", index)]).to_pylist()
-        rows = [
-            row
-            for piece in sorted(folder.glob("activations-*.parquet"))
-            for row in pq.read_table(piece, filters=[("index", "==", index)]).to_pylist()
-        ]
-    except (OSError, ValueError, KeyError, pa.ArrowInvalid) as error:
-        raise CorruptFile(f"{folder.name} cannot be read: {error}.", fix="Import it again.") from error
-    if not statistics and not rows:
-        return None
-    rows.sort(key=lambda row: -row["values"][row["position"]])
-    examples = [PublishedExample(**{key: row[key] for key in row if key != "index"}) for row in islice(rows, n)]
-    return PublishedFeature(
-        source=source,
-        max_activation=statistics[0]["max"] if statistics else None,
-        activation_frequency=statistics[0]["frequency"] if statistics else None,
-        examples=examples,
-        total=len(rows),
-        shown=len(examples),
-    )
+def _published(engine: Engine, sae: SAERecord) -> Path:
+    """Where published examples of an SAE lie: they are of the SAE, whatever it is extracted from."""
+    return engine.home / sae.folder / FOLDER

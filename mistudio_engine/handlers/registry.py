@@ -21,6 +21,9 @@ class Planned(NamedTuple):
     """An operation that can be carried out."""
 
     plan: Plan
+    """`details["settled"]` is what the job keeps to where its arguments leave it open, whatever is set or made
+    meanwhile; it is written with the job (`Job.settled`). Never a key."""
+
     subject: str | None = None
     """Ref of what it works on or makes."""
 

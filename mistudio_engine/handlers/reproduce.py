@@ -20,7 +20,16 @@ from mistudio_engine.api.errors import Cancelled, Conflict, JobFailed, NotFound,
 from mistudio_engine.api.events import Progress, Signal
 from mistudio_engine.api.operations import OPERATIONS, JobOperation
 from mistudio_engine.api.operations.reproduce import Change, Reproduce, Reproduction
-from mistudio_engine.api.records import Job, JobState, SAERecord, TrainingRecord
+from mistudio_engine.api.records import (
+    DatasetRecord,
+    Job,
+    JobState,
+    ModelRecord,
+    SAERecord,
+    TokensRecord,
+    TrainingRecord,
+)
+from mistudio_engine.handlers.datasets import hashed
 from mistudio_engine.handlers.registry import Planned, plans, runs
 from mistudio_engine.runtime.engine import Engine
 from mistudio_engine.runtime.job_states import ACTIVE_STATES
@@ -148,7 +157,29 @@ def run_reproduce(
     if job.state != JobState.COMPLETED:
         raise Cancelled(f"{job.ref}, the repetition, was cancelled.", fix="Retry this job to begin another.")
     made = engine.store.get(TrainingRecord, (job.subject or "").partition("/")[2])
-    return _compared(operation.ref, source, made, engine)
+    changes = [*_changes(source.training.provenance, made.provenance), *(yield from _touched(source.training, engine))]
+    return _compared(operation.ref, source, made, changes, engine)
+
+
+def _touched(training: TrainingRecord, engine: Engine) -> Generator[Progress, Signal, list[Change]]:
+    """The files behind a training that are no longer what their records say, whoever touched them."""
+    tokens = engine.store.get(TokensRecord, training.tokens)
+    dataset = engine.store.get(DatasetRecord, tokens.dataset)
+    model = engine.store.get(ModelRecord, training.model)
+    text = engine.home / dataset.folder if dataset.folder else Path(dataset.source)
+    files = {
+        "dataset": (dataset.sha256, [text]),
+        "model": (model.sha256, sorted((engine.home / model.folder).glob("*.safetensors"))),
+        "tokens": (tokens.sha256, [engine.home / tokens.folder / "tokens.safetensors"]),
+    }
+    found = []
+    for name, (then, paths) in files.items():
+        digests = []
+        for path in paths:
+            digests.append((yield from hashed(path)) if path.exists() else "missing")
+        if (now := ",".join(digests)) != then:
+            found.append(Change(what=f"files.{name}", then=then, now=now))
+    return found
 
 
 def _end_of(job: Job, engine: Engine, context: JobContext) -> Generator[Progress, Signal, Job]:
@@ -172,7 +203,7 @@ def _end_of(job: Job, engine: Engine, context: JobContext) -> Generator[Progress
     return job
 
 
-def _compared(ref: str, source: Source, made: TrainingRecord, engine: Engine) -> Reproduction:
+def _compared(ref: str, source: Source, made: TrainingRecord, changes: list[Change], engine: Engine) -> Reproduction:
     if len(made.saes) != len(source.training.saes):
         raise JobFailed(
             f"{made.ref} made {len(made.saes)} SAEs and {source.training.ref} {len(source.training.saes)}.",
@@ -190,7 +221,6 @@ def _compared(ref: str, source: Source, made: TrainingRecord, engine: Engine) ->
         )
     then, now = hashes
     differing = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
-    changes = list(_changes(source.training.provenance, made.provenance))
     return Reproduction(
         ref=ref,
         made=made.ref,

@@ -33,8 +33,8 @@ from mistudio_engine.api.records import (
 from mistudio_engine.handlers.directions import forget_directions
 from mistudio_engine.handlers.models import remove_folder
 from mistudio_engine.handlers.registry import Planned, handles, plans, runs
+from mistudio_engine.handlers.relay import relay
 from mistudio_engine.handlers.resources import (
-    Source,
     check_fit,
     fitting_model,
     free_slug,
@@ -44,11 +44,12 @@ from mistudio_engine.handlers.resources import (
     sparse_autoencoder,
     tokens_of,
 )
+from mistudio_engine.handlers.search_index import drop_features
 from mistudio_engine.models.hooks import parse_hook
 from mistudio_engine.runtime.engine import Engine
-from mistudio_engine.runtime.files import safe_path, sha256_folder, slugify
+from mistudio_engine.runtime.files import hashing_folder, safe_path, sha256_folder, slugify
 from mistudio_engine.runtime.jobs import JobContext
-from mistudio_engine.saes import SAE, detect_format, load_sae, save_sae
+from mistudio_engine.saes import SAE, detect_format, format_for, load_sae, save_sae
 from mistudio_engine.training.evaluation import evaluate
 
 FORMATS = {"saelens": "saelens", "mistudio": "native"}
@@ -69,11 +70,9 @@ def plan_get_sae(operation: GetSAE, engine: Engine) -> Planned:
     if operation.hook_name is not None:
         parse_hook(operation.hook_name)
     stem = operation.name or slugify("-".join(part for part in (Path(operation.source).name, operation.path) if part))
-    disk = (
-        engine.hub.size("sae", source.hub_id, operation.revision, operation.path or None)
-        if _remote(source, operation)
-        else 0
-    )
+    disk = 0
+    if source.hub_id is not None and operation.dry_run:
+        disk = engine.hub.size("sae", source.hub_id, operation.revision, operation.path or None)
     # A training has the name of the SAE that it will make.
     slug = free_slug(engine, stem, SAERecord, TrainingRecord, exact=operation.name is not None)
     return Planned(Plan(summary=f"Bring in {operation.source} as sae/{slug}.", disk_bytes=disk), subject=f"sae/{slug}")
@@ -81,10 +80,6 @@ def plan_get_sae(operation: GetSAE, engine: Engine) -> Planned:
 
 def _inside(folder: Path, path: str) -> Path:
     return safe_path(folder, path) if path else folder
-
-
-def _remote(source: Source, operation: GetSAE) -> bool:
-    return source.kind == "hub" and operation.dry_run
 
 
 @runs(GetSAE, lane="io")
@@ -110,7 +105,7 @@ def run_get_sae(operation: GetSAE, engine: Engine, context: JobContext) -> Gener
     try:
         yield Progress(stage="checking", fraction=0.9)
         found = detect_format(folder)
-        sae = engine.compute.run(partial(load_sae, folder))
+        sae = load_sae(folder)
         hook_name = operation.hook_name or sae.cfg.hook_name
         model = operation.model or _model_of(engine, sae)
         if model is not None and hook_name is not None:
@@ -118,12 +113,17 @@ def run_get_sae(operation: GetSAE, engine: Engine, context: JobContext) -> Gener
         layer = parse_hook(hook_name).layer if hook_name else None
         # The weights say the same as the record: who measures a feature's activation looks there.
         sae.cfg = sae.cfg.model_copy(update={"hook_name": hook_name})
-        # Kept as a SAELens folder whatever it came as: one format at rest, and everybody can take it elsewhere.
+        form = format_for(sae.cfg.architecture)  # whatever it came as
         provenance = {"source": operation.source, "path": operation.path, "revision": operation.revision}
-        save_sae(sae, target, provenance=provenance, replace=True)
+        save_sae(sae, target, format=form, provenance=provenance, replace=True)
     finally:
         if fetched is not None:
             shutil.rmtree(fetched, ignore_errors=True)
+    try:
+        sha256 = yield from relay(hashing_folder(target), _hashing)
+    except BaseException:
+        shutil.rmtree(target, ignore_errors=True)
+        raise
     return engine.store.insert(
         SAERecord(
             slug=slug,
@@ -135,12 +135,17 @@ def run_get_sae(operation: GetSAE, engine: Engine, context: JobContext) -> Gener
             architecture=sae.cfg.architecture,
             d_in=sae.cfg.d_in,
             d_sae=sae.cfg.d_sae,
-            format=found,
+            format=form,
+            source_format=found,
             folder=str(target.relative_to(engine.home)),
-            sha256=sha256_folder(target),
+            sha256=sha256,
             config=sae.cfg.model_dump(mode="json"),
         )
     )
+
+
+def _hashing(share: float) -> Progress:
+    return Progress(stage="hashing", fraction=0.9 + 0.1 * share)
 
 
 def _same_sae(record: SAERecord, origin: str) -> SAERecord:
@@ -206,8 +211,7 @@ def delete_sae(operation: DeleteSAE, engine: Engine) -> Deleted:
             engine.store.delete(ExtractionRecord, each.slug)
         engine.store.delete_labels(record.slug)
         engine.store.delete(SAERecord, record.slug)
-    if engine.index is not None:
-        engine.index.delete_sae(record.slug)
+    drop_features(engine, record.slug)
     forget_directions(engine, record.slug)
     freed = sum(remove_folder(engine, each.folder) for each in extractions) + remove_folder(engine, record.folder)
     return Deleted(ref=record.ref, freed_bytes=freed, also=[each.ref for each in extractions])
@@ -220,12 +224,7 @@ def convert_sae(operation: ConvertSAE, engine: Engine) -> SAERecord:
     stem = operation.name or f"{record.slug}-{operation.format}"
     slug = free_slug(engine, stem, SAERecord, TrainingRecord, exact=operation.name is not None)
     folder = engine.home / "saes" / slug
-
-    def write() -> None:
-        with sparse_autoencoder(engine, record.slug) as sae:
-            save_sae(sae, folder, format=form, replace=True)
-
-    engine.compute.run(write)
+    save_sae(load_sae(engine.home / record.folder), folder, format=form, replace=True)  # which needs no device
     changes = {
         "slug": slug,
         "created_at": 0.0,

@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple, TypeVar
@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import pyarrow as pa
 
-from mistudio_engine.api.errors import MistudioError
+from mistudio_engine.api.errors import MistudioError, Unreachable
 from mistudio_engine.api.events import Progress, Signal
 from mistudio_engine.api.records import SAERecord
 from mistudio_engine.discovery.embedding import Embedder
@@ -31,8 +31,9 @@ from mistudio_engine.handlers.search_rows import SearchRows, example_text, label
 from mistudio_engine.handlers.settings import setting
 from mistudio_engine.runtime.engine import Engine
 from mistudio_engine.runtime.index import FeatureIndex, OtherEmbedder
+from mistudio_engine.runtime.io_lane import IOLane
 
-__all__ = ["QueryVector", "embed_query", "index_features", "open_index", "settle", "update_rows"]
+__all__ = ["QueryVector", "drop_features", "embed_query", "index_features", "open_index", "settle", "update_rows"]
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +48,8 @@ WRITTEN_AT_ONCE = 2048
 STEP_SECONDS = 0.02
 """How long a step of a job looks after the thread that does its indexing."""
 
-QUERY_SECONDS = 4.0
-"""How long a search waits for a server to embed its query; then it compares words."""
+SERVER_SECONDS = 4.0
+"""How long a search, or whoever edits a label, waits for a server's vectors; then words have to do."""
 
 RETRY_SECONDS = 30.0
 """After an embedder could not be opened, how long until a search tries again."""
@@ -77,10 +78,8 @@ class _Choice:
         self.failed_at: float | None = None
         """When the embedder last failed."""
 
-        self.missed = False
-        """Whether rows lack vectors that it would have made."""
-
-        self.asking = ThreadPoolExecutor(max_workers=4, thread_name_prefix="mistudio-embed")
+        self.asking = IOLane(4)
+        """Asks servers for those who wait no longer than `SERVER_SECONDS`."""
 
         self.writing = threading.Lock()
         """Held while rows are compared with the records and written, so that what was made last is not what counts."""
@@ -106,8 +105,20 @@ def open_index(engine: Engine) -> None:
         if engine.embedder is not None:
             embedder, dimension = engine.embedder.id, engine.embedder.dimension
     engine.index = FeatureIndex(folder, partial(_all_rows, engine), embedder=embedder, dimension=dimension)
+    engine.on_stop.append(partial(_close, engine))
     if is_slow(choice.name):
         _change(engine, choice)
+
+
+def _close(engine: Engine) -> None:
+    """Ask servers nothing more: what they still owe is asked for by the next engine."""
+    _choices[engine].asking.close(0)
+    _close_embedder(engine.embedder)
+
+
+def _close_embedder(embedder: Embedder | None) -> None:
+    if isinstance(embedder, OpenAIEmbedder | OllamaEmbedder):
+        embedder.close()
 
 
 def _wanted(engine: Engine) -> tuple[str, str | None]:
@@ -138,10 +149,11 @@ def _follow(engine: Engine) -> _Choice:
     """Change the embedder, in the background, when the setting has changed, when it failed some time ago, or when rows
     lack vectors that it makes by now.
     """
-    choice, wanted = _choices[engine], _wanted(engine)
+    choice, wanted, index = _choices[engine], _wanted(engine), engine.index
+    assert index is not None
     with choice.lock:
         changed = wanted != (choice.name, choice.address)
-        again = choice.failed_at is not None or (choice.missed and engine.embedder is not None)
+        again = choice.failed_at is not None or (index.lacks_vectors and engine.embedder is not None)
         if choice.thread is None and (changed or (again and not choice.failed_lately)):
             choice.name, choice.address = wanted
             _change(engine, choice)
@@ -160,20 +172,21 @@ def _changing(engine: Engine, choice: _Choice) -> None:
     reason = "The embedder could not be changed; the log says why."
     try:
         before, (embedder, reason) = engine.embedder, _opened(engine, name)
+        if engine.state == "stopping":
+            _close_embedder(embedder)
+            return
         engine.embedder = embedder
         target = (embedder.id, embedder.dimension) if embedder else (None, None)
         # Without a server that is only away for now, the index stays as it is: its vectors will be of use again.
         is_away = embedder is None and is_slow(name)
-        if not is_away and (target != index.target or choice.missed):
-            choice.missed = False
+        if not is_away and (target != index.target or index.lacks_vectors):
             try:
                 index.switch(*target)
             except MistudioError as error:
                 log.warning("the search index could not be made for %s: %s", name, error)
                 engine.embedder, reason = None, error.what
                 index.switch(None, None)
-        if isinstance(before, OpenAIEmbedder | OllamaEmbedder):
-            before.close()  # not before: searches asked it until now
+        _close_embedder(before)  # not before: searches asked it until now
     except Exception:  # the edge of a thread
         log.exception("the embedder could not be changed")
         engine.embedder = None
@@ -190,7 +203,8 @@ def _all_rows(engine: Engine) -> Iterator[Any]:
     for sae in engine.store.all(SAERecord):
         for some in _plain_rows(engine, sae):
             if threading.current_thread() is choice.thread:
-                yield from _with_vectors(engine, engine.embedder, some)  # whose failure is seen to there
+                _set_vectors(some, _vectors(engine, engine.embedder, some))  # whose failure is seen to there
+                yield from some
             else:
                 yield from _embedded(engine, some, _fitting(engine))
 
@@ -224,14 +238,16 @@ def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield some
 
 
-def _with_vectors(engine: Engine, embedder: Embedder | None, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with label and example vectors; None for an empty text, or without an embedder."""
-    texts = [(label_text(row), example_text(row)) for row in rows]
-    wanted = sorted({text for pair in texts for text in pair if text})
-    vectors = _embeddings(engine, embedder, wanted) if embedder else {}
-    for row, (label, example) in zip(rows, texts, strict=True):
-        row["label_vector"], row["example_vector"] = vectors.get(label), vectors.get(example)
-    return rows
+def _vectors(engine: Engine, embedder: Embedder | None, rows: list[dict[str, Any]]) -> dict[str, bytes]:
+    """Of the texts of rows; none without an embedder."""
+    texts = {text for row in rows for text in (label_text(row), example_text(row)) if text}
+    return _embeddings(engine, embedder, sorted(texts)) if embedder else {}
+
+
+def _set_vectors(rows: list[dict[str, Any]], vectors: dict[str, bytes]) -> None:
+    """Give rows their label and example vectors; None for an empty text, or one that was not embedded."""
+    for row in rows:
+        row["label_vector"], row["example_vector"] = vectors.get(label_text(row)), vectors.get(example_text(row))
 
 
 def _embeddings(
@@ -264,19 +280,19 @@ def index_features(
     assert index is not None
     everything = known.extraction.indices.tolist() if indices is None else list(indices)
     rows, n_done = SearchRows(known), 0
-    pool = ThreadPoolExecutor(1, thread_name_prefix="mistudio-index")
+    lane = IOLane(1)
     try:
         for some in _batches(everything, WRITTEN_AT_ONCE):
             made: list[dict[str, Any]] = []
             for part in _batches(some, EMBEDDED_AT_ONCE):
-                made += yield from _waited(pool.submit(_made, engine, rows, part), n_done / len(everything))
+                made += yield from _waited(lane.call(partial(_made, engine, rows, part)), n_done / len(everything))
                 n_done += len(part)
-            is_current = yield from _waited(pool.submit(_put, engine, known, made), n_done / len(everything))
+            is_current = yield from _waited(lane.call(partial(_put, engine, known, made)), n_done / len(everything))
             if not is_current:
                 return n_done  # whoever chose the other extraction indexes that
-        yield from _waited(pool.submit(_drop_others, engine, known), 1.0)
+        yield from _waited(lane.call(partial(_drop_others, engine, known)), 1.0)
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # whoever cancels does not wait for a server's answer
+        lane.close(0)  # whoever cancels does not wait for a server's answer
     return len(everything)
 
 
@@ -295,33 +311,56 @@ def update_rows(engine: Engine, slug: str, indices: Iterable[int]) -> None:
         covered = set(known.extraction.indices.tolist())
         wanted = [index for index in indices if index in covered]
         if wanted:
-            _put(engine, known, _made(engine, SearchRows(known), wanted))
+            _put(engine, known, _made(engine, SearchRows(known), wanted, in_time=True))
 
 
-def _made(engine: Engine, rows: SearchRows, indices: list[int]) -> list[dict[str, Any]]:
+def _made(engine: Engine, rows: SearchRows, indices: list[int], *, in_time: bool = False) -> list[dict[str, Any]]:
     """Rows with vectors, or without where the embedder fails."""
-    return _embedded(engine, rows.of(indices), engine.embedder)
+    return _embedded(engine, rows.of(indices), engine.embedder, in_time=in_time)
 
 
-def _embedded(engine: Engine, rows: list[dict[str, Any]], embedder: Embedder | None) -> list[dict[str, Any]]:
+def _embedded(
+    engine: Engine, rows: list[dict[str, Any]], embedder: Embedder | None, *, in_time: bool = False
+) -> list[dict[str, Any]]:
     """The rows with vectors, or without where the embedder fails or has just failed: they get theirs when it works
     again.
+
+    Args:
+        in_time: somebody waits, or a lock is held: an embedder that is too slow has failed.
     """
-    choice = _choices[engine]
+    choice, index = _choices[engine], engine.index
+    assert index is not None
     if choice.failed_lately:
         embedder = None  # each try may last a minute
+    work = partial(_vectors, engine, embedder, rows)
     try:
-        made = _with_vectors(engine, embedder, rows)
+        vectors = _in_time(choice, work) if in_time and embedder is not None else work()
     except MistudioError as error:
         if embedder is not engine.embedder:
-            return _embedded(engine, rows, _fitting(engine))  # it was changed meanwhile, and closed
+            # It was changed meanwhile, and closed.
+            return _embedded(engine, rows, _fitting(engine), in_time=in_time)
         log.warning("features are indexed without their meaning: %s", error)
-        made, embedder = _with_vectors(engine, None, rows), None
+        vectors, embedder = {}, None
         choice.failed_at = time.monotonic()
-    choice.missed |= embedder is None and is_slow(choice.name)
-    for row in made:
+    index.lacks_vectors |= embedder is None and is_slow(choice.name)
+    _set_vectors(rows, vectors)
+    for row in rows:
         row["embedder"] = embedder.id if embedder else None
-    return made
+    return rows
+
+
+class _Late(Unreachable):
+    """An embedder that has not answered yet."""
+
+
+def _in_time(choice: _Choice, work: Callable[[], T]) -> T:
+    """What a server is asked, if it answers while somebody waits; what comes later is recorded all the same."""
+    if not is_slow(choice.name):
+        return work()
+    asked = choice.asking.call(work)
+    if not wait([asked], timeout=SERVER_SECONDS).done:
+        raise _Late(f"The embedder {choice.name} did not answer within {SERVER_SECONDS:g} s.")
+    return asked.result()
 
 
 def _put(engine: Engine, known: Knowledge, rows: list[dict[str, Any]]) -> bool:
@@ -336,15 +375,14 @@ def _put(engine: Engine, known: Knowledge, rows: list[dict[str, Any]]) -> bool:
             return False
         late = [each["index"] for each in rows if store.label(slug, each["index"]) != known.labels.get(each["index"])]
         if late:
-            again = {row["index"]: row for row in _made(engine, SearchRows(now), late)}
+            again = {row["index"]: row for row in _made(engine, SearchRows(now), late, in_time=True)}
             rows = [again.get(row["index"], row) for row in rows]
         while True:
             target, _ = index.target
-            for row in rows:
-                if row["embedder"] not in (None, target):  # the embedder was changed while they were made
-                    fitting = _fitting(engine)
-                    _with_vectors(engine, fitting, [row])
-                    row["embedder"] = fitting.id if fitting else None
+            # The embedder may have been changed while they were made.
+            others = [row for row in rows if row["embedder"] not in (None, target)]
+            if others:
+                _embedded(engine, others, _fitting(engine), in_time=True)
             try:
                 index.upsert(rows, embedder=target)  # type: ignore[arg-type]
             except OtherEmbedder:
@@ -361,6 +399,13 @@ def _drop_others(engine: Engine, known: Knowledge) -> None:
             index.delete_sae(slug, but=known.record.slug)
 
 
+def drop_features(engine: Engine, slug: str) -> None:
+    """Remove an SAE's features from the index, after its record or its extraction is gone."""
+    assert engine.index is not None
+    with _choices[engine].writing:  # whoever writes them still looks at the records first, from now on in vain
+        engine.index.delete_sae(slug)
+
+
 def embed_query(engine: Engine, query: str) -> QueryVector:
     """The query as a vector, if there is an embedder, it answers in time, and the index has vectors of it."""
     choice = _follow(engine)
@@ -368,14 +413,10 @@ def embed_query(engine: Engine, query: str) -> QueryVector:
     assert index is not None
     if embedder is None or choice.thread is not None or index.embedder != embedder.id:
         return QueryVector(None, choice.reason or "There is no text embedder here.")
-    work = partial(_embeddings, engine, embedder, [query], is_query=True)
-    if not is_slow(choice.name):
-        return QueryVector(np.frombuffer(work()[query], np.float32))
-    asked = choice.asking.submit(work)
-    if not wait([asked], timeout=QUERY_SECONDS).done:
-        return QueryVector(None, f"The embedder {choice.name} did not answer within {QUERY_SECONDS:g} s.")
     try:
-        return QueryVector(np.frombuffer(asked.result()[query], np.float32))
+        vectors = _in_time(choice, partial(_embeddings, engine, embedder, [query], is_query=True))
     except MistudioError as error:
-        choice.failed_at = time.monotonic()  # it is opened again by and by, with the address and key of then
+        if not isinstance(error, _Late):
+            choice.failed_at = time.monotonic()  # it is opened again by and by, with the address and key of then
         return QueryVector(None, error.what)
+    return QueryVector(np.frombuffer(vectors[query], np.float32))

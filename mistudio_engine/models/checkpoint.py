@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -51,6 +52,9 @@ CONFIG_FAULTS = (StrictDataclassError, ValueError, TypeError, KeyError, Attribut
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5")
 
 _BLOCK = re.compile(r"\.(?:h|layers|blocks)\.(\d+)\.")
+
+TOKENIZERS_KEPT = 4
+"""Models whose tokenizers stay in memory."""
 
 _FETCH = "Bring the model in again (its download may have been cut short), or copy the folder again."
 
@@ -198,11 +202,22 @@ def causal_config(config: dict[str, Any], name: str) -> Any:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """A model folder's tokenizer.
+    """A model folder's tokenizer; one object for all who ask while its files stay as they are, so nobody may change it.
+
+    Calls with truncation or padding do change it, and fail while another thread is in one.
 
     Raises:
         CorruptFile: its files are missing or cannot be read.
     """
+    files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+    return _tokenizer(
+        folder.absolute(), tuple((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+    )
+
+
+@lru_cache(maxsize=TOKENIZERS_KEPT)
+def _tokenizer(folder: Path, files: tuple[tuple[str, int, int], ...]) -> Any:
+    """Read anew when a file is another one: 50,000 tokens take 0.3 s, and each look at a feature wants them."""
     rules = [p for p in ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model") if (folder / p).is_file()]
     if not rules:
         raise CorruptFile(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,11 +27,12 @@ if TYPE_CHECKING:
 __all__ = [
     "Documents",
     "Sample",
-    "content_hash",
     "find_text_field",
+    "hashing",
     "n_documents",
     "read_documents",
     "sample",
+    "stamp",
     "statistics",
 ]
 
@@ -43,6 +44,9 @@ N_SAMPLED = 100
 
 ROWS_AT_ONCE = 4096
 """Contexts that `statistics` holds in memory at a time."""
+
+BYTES_AT_ONCE = 16 << 20
+"""Bytes that are hashed between two looks at whether somebody wants to stop."""
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -183,21 +187,33 @@ def statistics(tokens: PackedTokens, tokenizer: Any, *, n_top: int = 50, n_bins:
     }
 
 
-def content_hash(source: Path) -> str:
-    """sha256 of a file, or of the names and contents of all files in a folder; reads everything once."""
+def hashing(source: Path) -> Generator[float, Any, str]:
+    """sha256 of a file, or of the names and contents of all files in a folder, in steps of some milliseconds.
+
+    Yields:
+        The share that is done: many gigabytes take minutes.
+    """
     source = Path(source)
     if not source.exists():
         raise NotFound(f"There is no file or folder {str(source)!r}.", fix="Check the path.")
-    if source.is_file():
-        return _file_hash(source)
-    files = sorted(path for path in source.rglob("*") if path.is_file())
-    listing = "\n".join(f"{path.relative_to(source).as_posix()} {_file_hash(path)}" for path in files)
-    return hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()
+    files = stamp(source)
+    n_bytes, n_done, lines, digest = sum(size for _, size, _ in files), 0, [], hashlib.sha256()
+    for path, _, _ in files:
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while block := file.read(BYTES_AT_ONCE):
+                digest.update(block)
+                n_done += len(block)
+                yield min(1.0, n_done / max(n_bytes, 1))
+        lines.append(f"{path.relative_to(source).as_posix()} {digest.hexdigest()}")
+    whole = digest if source.is_file() else hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape"))
+    return whole.hexdigest()
 
 
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def stamp(source: Path) -> list[tuple[Path, int, int]]:
+    """Each file of a source with its size and its time in nanoseconds: what an edit changes, without reading."""
+    files = [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file())
+    return [(path, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
 
 def _find_text_field(readers: list[Reader], text_field: str | None, name: str) -> str:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import codecs
 import csv
-import gzip
 import io
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -170,7 +170,10 @@ READERS: dict[str, type[Any]] = {
     ".tsv": CSVReader,
     ".parquet": ParquetReader,
 }
-"""The reader of each suffix; text formats may have .gz after it."""
+"""The reader of each suffix; text formats may have one of CODECS after it."""
+
+CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+"""How a file is compressed, by its last suffix."""
 
 
 def reader_for(path: Path) -> Reader:
@@ -179,22 +182,33 @@ def reader_for(path: Path) -> Reader:
     Raises:
         Unsupported: there is none for it.
     """
-    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    is_compressed = path.suffix.lower() in CODECS
+    suffix = Path(path.stem).suffix if is_compressed else path.suffix
     cls = READERS.get(suffix.lower())
-    if cls is None or (path.suffix == ".gz" and cls is ParquetReader):
+    if cls is None or (is_compressed and cls is ParquetReader):
         raise Unsupported(
             f"{path.name!r} is not in a format that is read here.",
-            fix=f"Use one of {', '.join(READERS)}, or a folder that `datasets` saved.",
+            fix=f"Use one of {', '.join(READERS)} (all but the last also with {', '.join(CODECS)} after it), "
+            "or a folder that `datasets` saved.",
         )
     return cls(path)
 
 
-def _open_text(path: Path, newline: str | None = None) -> io.TextIOWrapper:
+@contextmanager
+def _open_text(path: Path, newline: str | None = None) -> Iterator[io.TextIOWrapper]:
     """A text stream: UTF-8, or UTF-16 where the file says so; bytes that are neither become lone surrogates."""
-    raw: Any = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # noqa: SIM115  closed by the wrapper
-    start = raw.peek(2)[:2]
-    encoding = "utf-16" if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
-    return io.TextIOWrapper(raw, encoding=encoding, errors="surrogateescape", newline=newline)
+    codec = CODECS.get(path.suffix.lower())
+    try:
+        packed: Any = None if codec is None else pa.input_stream(str(path), compression=codec)
+        with path.open("rb") if packed is None else io.BufferedReader(packed) as raw:
+            start = raw.peek(2)[:2]
+            encoding = "utf-16" if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+            with io.TextIOWrapper(raw, encoding=encoding, errors="surrogateescape", newline=newline) as stream:
+                yield stream
+    except OSError as error:
+        if codec is None:
+            raise
+        raise CorruptFile(f"{path.name!r} is torn or is no {codec}: {error}.", fix="Copy it again.") from error
 
 
 def _json_row(value: Any) -> Row:

@@ -236,7 +236,7 @@ def tokens_key(source: str, tokenizer: Any, settings: Mapping[str, Any]) -> str:
     """16 hexadecimal digits that change when the text, the tokenizer or a setting changes: a folder name for tokens.
 
     Args:
-        source: what identifies the text, such as `datasets.content_hash`.
+        source: what identifies the text, such as what `datasets.hashing` returns.
         settings: JSON values: context_size, bos_policy, n_tokens, text_field, …
     """
     text = json.dumps([source, tokenizer_hash(tokenizer), dict(settings)], sort_keys=True)

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from mistudio_engine.api.errors import Cancelled
 from mistudio_engine.api.events import Signal
-from mistudio_engine.runtime.task import Task
+from mistudio_engine.runtime.task import Task, once
 
 __all__ = ["ComputeLane"]
 
@@ -69,12 +69,7 @@ class ComputeLane:
 
     def run(self, fn: Callable[[], T]) -> T:
         """Calls `fn` on the compute thread as one interactive step and returns what it returns, or raises."""
-
-        def once() -> Generator[None, Signal, T]:
-            return fn()
-            yield
-
-        return self.interactive(once(), name=getattr(fn, "__name__", "")).result()
+        return self.interactive(once(fn), name=getattr(fn, "__name__", "")).result()
 
     @property
     def is_here(self) -> bool:

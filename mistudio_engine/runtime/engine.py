@@ -108,6 +108,8 @@ class Engine:
         self.hub = Hub(self.home, token=partial(Secrets(self.home).get, "hf_token"))
         self.monitor = Monitor(self.bus)
         self.index: FeatureIndex | None = None
+        self.on_stop: list[Callable[[], None]] = []
+        """What closes whatever the handlers have opened beside these; none of it may wait."""
         self._runners: dict[str, Runner] = {}
         # Offline nothing passes by itself: a retry would only wait.
         backoff = {"backoff_seconds": ()} if self.offline else {}
@@ -161,6 +163,8 @@ class Engine:
         """
         ends_at = time.monotonic() + seconds
         self.state = "stopping"
+        for close in self.on_stop:
+            close()
         self.jobs.shutdown(seconds)
         self.monitor.stop()
         self.compute.stop(max(0.0, ends_at - time.monotonic()))

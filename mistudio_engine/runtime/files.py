@@ -13,9 +13,10 @@ import re
 import shutil
 import time
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 from mistudio_engine.api.errors import Conflict, DiskFull, Forbidden, human_bytes
@@ -24,6 +25,7 @@ __all__ = [
     "atomic_folder",
     "disk_full",
     "free_bytes",
+    "hashing_folder",
     "is_disk_full",
     "require_free",
     "safe_path",
@@ -42,6 +44,9 @@ SLASH_LOOKALIKES = frozenset("\u2044\u2215\u2216\u29f5\u29f8\u29f9\u2571\u2572\u
 
 MAX_NAME_BYTES = 255
 """Longest file name that the usual file systems take."""
+
+HASHED_AT_ONCE = 16 << 20
+"""Bytes to a step of hashing: 10 to 40 ms, by whether the processor has instructions for it."""
 
 
 @contextmanager
@@ -150,10 +155,28 @@ def sha256_folder(path: Path) -> str:
 
     Links to files count as the files they lead to (a hub's snapshot is made of them); times and permissions do not.
     """
-    digest = hashlib.sha256()
-    for file in sorted(each for each in Path(path).rglob("*") if each.is_file()):
-        digest.update(f"{file.relative_to(path).as_posix()}\0{sha256_file(file)}\n".encode())
-    return digest.hexdigest()
+    steps = hashing_folder(path)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as done:
+            return done.value
+
+
+def hashing_folder(path: Path) -> Generator[float, Any, str]:
+    """`sha256_folder` in steps of less than a tenth of a second; yields the share that is done."""
+    files = sorted(each for each in Path(path).rglob("*") if each.is_file())
+    n_bytes, n_done = sum(file.stat().st_size for file in files), 0
+    whole = hashlib.sha256()
+    for file in files:
+        digest = hashlib.sha256()
+        with file.open("rb") as content:
+            while block := content.read(HASHED_AT_ONCE):
+                digest.update(block)
+                n_done += len(block)
+                yield min(1.0, n_done / n_bytes)
+        whole.update(f"{file.relative_to(path).as_posix()}\0{digest.hexdigest()}\n".encode())
+    return whole.hexdigest()
 
 
 def free_bytes(path: Path) -> int:

@@ -10,14 +10,11 @@ hidden.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import contextlib
 import errno
 import hashlib
 import json
 import logging
-import math
 import secrets
 import shutil
 import threading
@@ -26,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import lancedb
 import numpy as np
@@ -48,7 +45,8 @@ from mistudio_engine.runtime.feature_rows import (
     unit_vector,
 )
 from mistudio_engine.runtime.files import free_bytes, write_atomic
-from mistudio_engine.runtime.ranking import FIELD_WEIGHTS, SCORE_MEANS, Ranking, by_meaning, by_words, first, fused
+from mistudio_engine.runtime.pages import Position, gone, page_of, read_cursor
+from mistudio_engine.runtime.ranking import FIELD_WEIGHTS, SCORE_MEANS, Ranking, by_meaning, by_words, fused
 from mistudio_engine.runtime.snapshot import Snapshot
 
 __all__ = [
@@ -84,8 +82,7 @@ SNAPSHOTS = 3
 
 OPEN_WAIT_SECONDS = 0.05
 
-BEST = 3
-"""Matches of which those that are hidden as dense are named."""
+CLOSE_WAIT_SECONDS = 1.0
 
 MARKER = "features.json"
 """Says which table counts, and what it holds."""
@@ -103,9 +100,6 @@ class IndexDamaged(Internal):
 
 class OtherEmbedder(Conflict):
     """Rows whose vectors are of another embedder than the index is of, or is being made for: make them again."""
-
-
-HIT_COLUMNS = [name for name in FeatureHit.model_fields if name not in ("score", "why")]
 
 
 class FeatureIndex:
@@ -141,6 +135,9 @@ class FeatureIndex:
         self._journal: list[Write] | None = None
         self._target = (embedder, dimension)  # of the table that the next write goes into
         self._n_rebuilt = 0
+        self.lacks_vectors: bool = bool(_read_marker(self._marker_path).get("lacks_vectors"))
+        """Whether there are rows without the vectors that our embedder would give them; whoever writes such rows says
+        so, and a rebuild starts from no. It outlives us."""
         self._snapshots: OrderedDict[tuple[str, int], Snapshot] = OrderedDict()
         self._reading = threading.Lock()  # held while a snapshot is made; taken after the others
 
@@ -214,6 +211,7 @@ class FeatureIndex:
             self.folder.mkdir(parents=True, exist_ok=True)
             generation = secrets.token_hex(4)
             with self._lock:
+                self.lacks_vectors = False
                 self._journal = []  # what is written from here on may be missed by `rows()`
                 self._target = (embedder, dimension)
             try:
@@ -277,12 +275,20 @@ class FeatureIndex:
         self._healed(optimize)
 
     def close(self) -> None:
-        """Say that everything written is in the index: an index that was not closed is rebuilt, as after `kill -9`."""
-        with self._lock:
+        """Say that everything written is in the index: an index that was not closed is rebuilt, as after `kill -9`.
+
+        Whoever stops does not wait for a long write.
+        """
+        if not self._lock.acquire(timeout=CLOSE_WAIT_SECONDS):
+            log.warning("the search index is being written to and is made anew at the next start")
+            return
+        try:
             if self._table is not None:
                 with contextlib.suppress(*DAMAGE):  # what was deleted meanwhile is made anew by the next engine
                     self._mark(open=False)
                 self._table = None
+        finally:
+            self._lock.release()
         self._snapshots.clear()
 
     # -- reading
@@ -350,29 +356,13 @@ class FeatureIndex:
         """
         where = where or Where()
         asked = hashlib.sha256(json.dumps([mode, asked, where.model_dump()]).encode()).hexdigest()[:16]
-        position = _read_cursor(cursor, asked) if cursor else None
+        position = read_cursor(cursor, asked) if cursor else None
 
         def answer() -> FeatureHits:
             snapshot, generation = self._snapshot(position)
-            ranking = rank(snapshot)
-            mask = snapshot.mask(where)
-            offset = position.offset if position else 0
-            places = first(snapshot, ranking, mask, offset, offset + limit)
-            total = int((mask & ~np.isnan(ranking.scores)).sum())
-            end = offset + len(places)
-            following = _Position(generation, snapshot.version, end, asked) if places and end < total else None
-            dense_best = [] if position or mode == "list" else _dense_best(snapshot, ranking, where)
-            return FeatureHits(
-                rows=_hits(snapshot, ranking, places, mode),
-                total=total,
-                shown=len(places),
-                next_cursor=following.cursor() if following else None,
-                mode=mode,
-                embedder=self.embedder if mode in ("meaning", "hybrid", "similar") else None,
-                score_means=SCORE_MEANS[mode],
-                hidden=_hidden(snapshot, ranking, where),
-                dense_best=_hits(snapshot, ranking, dense_best, mode),
-            )
+            begin = Position(generation, snapshot.version, position.offset if position else 0, asked)
+            embedder = self.embedder if mode in ("meaning", "hybrid", "similar") else None
+            return page_of(snapshot, rank(snapshot), where, begin, limit, mode=mode, embedder=embedder)
 
         return self._healed(answer)
 
@@ -442,14 +432,14 @@ class FeatureIndex:
             return "the engine before did not close it"
         return None
 
-    def _snapshot(self, position: _Position | None) -> tuple[Snapshot, str]:
+    def _snapshot(self, position: Position | None) -> tuple[Snapshot, str]:
         """The version that a page is of, or the newest, and the name of the table it is of. Waits for no writer."""
         if self._table is None:
             self._open()
         marker = self._marker  # replaced and never changed
         generation = marker["generation"]
         if position is not None and position.generation != generation:
-            raise _gone()
+            raise gone()
         key = (generation, position.version if position else marker["version"])
         with self._reading:
             if key not in self._snapshots:
@@ -468,7 +458,7 @@ class FeatureIndex:
             table.checkout(version)
         except ValueError as error:
             if is_cursor:
-                raise _gone() from error
+                raise gone() from error
             raise
         of_same = [each for (name, _), each in self._snapshots.items() if name == generation]
         return Snapshot(table, self.folder, dimension, max(of_same, key=lambda each: each.version, default=None))
@@ -484,6 +474,7 @@ class FeatureIndex:
         """Record what the folder holds, so that a missing or older file is noticed."""
         assert self._table is not None
         state = {"layout": LAYOUT, "embedder": self.embedder, "dimension": self.dimension, "open": True}
+        state["lacks_vectors"] = self.lacks_vectors
         size = {"version": self._table.version, "rows": self._table.count_rows()}
         self._marker = self._marker | state | size | changes
         write_atomic(self._marker_path, json.dumps(self._marker))
@@ -530,84 +521,11 @@ class _Unmerged:
         self.rows = self.writes = 0
 
 
-class _Position(NamedTuple):
-    """Where a page begins: in which table, at which version of it, after how many hits, of which search."""
-
-    generation: str
-    version: int
-    offset: int
-    asked: str
-
-    def cursor(self) -> str:
-        return base64.urlsafe_b64encode(json.dumps(self).encode()).decode().rstrip("=")
-
-
-def _read_cursor(cursor: str, asked: str) -> _Position:
-    try:
-        said = json.loads(base64.urlsafe_b64decode(cursor.encode() + b"=" * (-len(cursor) % 4)))
-        position = _Position(str(said[0]), int(said[1]), int(said[2]), str(said[3]))
-    except (ValueError, TypeError, LookupError, binascii.Error) as error:
-        raise BadInput(
-            f"{cursor[:40]!r} is not a cursor.", fix="Pass next_cursor of the page before, or none."
-        ) from error
-    if position.asked != asked or position.offset < 0 or position.version < 1:
-        raise BadInput(
-            "The cursor belongs to another search.",
-            fix="Repeat the query, mode and filters that it came with, or drop it.",
-        )
-    return position
-
-
-def _gone() -> BadInput:
-    return BadInput(
-        "The version of the index that this cursor continues is gone.",
-        why="It was rebuilt, or much has been written since.",
-        fix="Search again without a cursor.",
-    )
-
-
 def _raise_disk_full(error: Exception, folder: Path) -> None:
     """LanceDB reports a full disk as a RuntimeError among others; the number is the system's."""
     if f"os error {errno.ENOSPC}" in str(error):
         free = free_bytes(folder)
         raise DiskFull.of("The search index", free + 1, free) from error
-
-
-def _hits(snapshot: Snapshot, ranking: Ranking, places: list[int], mode: str) -> list[FeatureHit]:
-    rows = snapshot.rows.select(HIT_COLUMNS).take(pa.array(places, pa.int64())).to_pylist()
-    return [_hit(row, ranking, place, mode) for row, place in zip(rows, places, strict=True)]
-
-
-def _hit(row: dict[str, Any], ranking: Ranking, place: int, mode: str) -> FeatureHit:
-    score = None if mode == "list" else min(1.0, max(0.0, float(ranking.scores[place])))
-    confidence = row.pop("confidence")
-    if confidence is not None and math.isnan(confidence):
-        confidence = None
-    return FeatureHit(score=score, why="; ".join(ranking.why(place)), confidence=confidence, **row)
-
-
-def _hidden(snapshot: Snapshot, ranking: Ranking, where: Where) -> dict[str, int]:
-    """How many match but for being dead, dense or badly scored; each is counted once, for the first of these."""
-    left = snapshot.mask(where.model_copy(update={"dead": None, "dense": None, "min_confidence": None}))
-    left &= ~np.isnan(ranking.scores)
-    counts = {}
-    for reason, out in (
-        ("dead", snapshot.dead if where.dead is False else None),
-        ("dense", snapshot.dense if where.dense is False else None),
-        ("badly_scored", None if where.min_confidence is None else ~(snapshot.confidence >= where.min_confidence)),
-    ):
-        if out is not None:
-            counts[reason] = int((left & out).sum())
-            left &= ~out
-    return {reason: count for reason, count in counts.items() if count}
-
-
-def _dense_best(snapshot: Snapshot, ranking: Ranking, where: Where) -> list[int]:
-    """Those of the best matches that are hidden because they are dense."""
-    if where.dense is not False:
-        return []
-    either = snapshot.mask(where.model_copy(update={"dense": None}))
-    return [place for place in first(snapshot, ranking, either, 0, BEST) if snapshot.dense[place]]
 
 
 def _batches(rows: Iterable[FeatureRow]) -> Iterator[list[FeatureRow]]:

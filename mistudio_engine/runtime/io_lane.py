@@ -11,11 +11,12 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Generator
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from mistudio_engine.api.errors import Cancelled
 from mistudio_engine.api.events import Signal
-from mistudio_engine.runtime.task import Task
+from mistudio_engine.runtime.task import Task, once
 
 __all__ = ["IOLane"]
 
@@ -55,6 +56,10 @@ class IOLane:
                 thread.start()
             self._changed.notify()
         return task
+
+    def call(self, fn: Callable[[], T]) -> Future[T]:
+        """Calls `fn` on a thread of the lane, in one step."""
+        return self.submit(once(fn)).future
 
     def close(self, seconds: float = 10.0) -> bool:
         """Ends the threads after their present steps; what has not ended raises Cancelled. True when all have ended."""

@@ -6,7 +6,8 @@ where.
 Durable events of a job, on `jobs/{slug}` and on the channel of its subject: its new state (`queued`, `running`, …,
 `cancelled`) with `job, state, attempt, progress, stage, message` and, at the end, `result` or `error`; `metrics` with
 `job, metrics`; `checkpoint` with `job, progress`. Transient: `progress` with `job, progress, stage, rate, unit,
-eta_seconds`. On `jobs/{slug}` alone: `asked` with the `action`, `resumed`, `crashed`, `device_lost` with `why`.
+eta_seconds`. On `jobs/{slug}` alone: `asked` with the `action`, `resumed`, `crashed`, `device_lost` with `why`; and
+what a job writes down for its next attempt, such as `spent` with `usd`.
 """
 
 from __future__ import annotations

@@ -250,8 +250,9 @@ class Jobs:
 
         What is answered is durable. A running job obeys after its present step: pausing waits for a checkpoint, at
         most 5 s. Resuming goes on with the same attempt; retrying begins attempt + 1 of the same job, from its last
-        checkpoint if it still has one (a cancelled one has none). Asking for what is so already changes nothing. Raises
-        NotFound, and Conflict when the state forbids the action; RuntimeError on the compute thread.
+        checkpoint if it still has one (a cancelled one has none). A retry is the same call again: what its arguments
+        leave open is settled anew, so that a corrected setting counts. Asking for what is so already changes nothing.
+        Raises NotFound, and Conflict when the state forbids the action; RuntimeError on the compute thread.
         """
         self._compute.require_elsewhere()
         with self._store.transaction():
@@ -304,6 +305,8 @@ class Jobs:
         fresh: dict[str, Any] = {"attempt": job.attempt + 1, "result": None, "finished_at": None, "started_at": None}
         if job.checkpoint is None:
             fresh |= {"progress": None, "stage": "", "rate": None, "metrics": {}}
+        if job.settled:
+            fresh["plan"] = _with_settled(job, {})
         self._requeue(job, message="", **fresh)
 
     def _requeue(self, job: Job, **changes: Any) -> None:
@@ -316,6 +319,11 @@ class Jobs:
         queued = job if job.state == JobState.QUEUED else self._book.move(job.slug, JobState.QUEUED, **changes)
         if queued is not None:
             self._store.after_commit(lambda: self._enqueue(queued))
+
+    def settle(self, slug: str, what: Mapping[str, Any]) -> None:
+        """Writes down what a retried job settled when it began: its later attempts keep to it (see `Job.settled`)."""
+        with self._store.transaction():
+            self._store.update(Job, slug, plan=_with_settled(self.get(slug), what))
 
     # The engine's start and end
 
@@ -411,6 +419,11 @@ class Jobs:
             self._live.clear()
             self._all_ended.set()
         return [slug for slug, _ in left]
+
+
+def _with_settled(job: Job, what: Mapping[str, Any]) -> Plan:
+    plan = job.plan or Plan(summary="")
+    return plan.model_copy(update={"details": {**plan.details, "settled": dict(what)}})
 
 
 def _log_fault(future: Future[Any]) -> None:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from mistudio_engine.runtime.snapshot import Snapshot
 
 __all__ = [
+    "MAX_WORDS",
     "SCORE_MEANS",
     "Ranking",
     "Scores",
@@ -30,6 +31,7 @@ __all__ = [
     "likeness",
     "listed",
     "mean_of",
+    "words_in",
 ]
 
 FIELD_WEIGHTS = {"label": 1.0, "category": 0.8, "text": 0.6, "example_text": 0.2}
@@ -68,8 +70,9 @@ SCORE_MEANS: dict[str, str] = {
 }
 """What a score is, by mode; always within 0 and 1."""
 
-MAX_PARTS = 16
-"""Words of a query that are looked up; those beyond it are left out."""
+MAX_WORDS = 16
+"""Words of a query that are looked up. At 50,000 features each costs 3 ms, and one that no feature has 26 ms, as it is
+looked for as it stands."""
 
 FLAT_SCORE = 6
 """Decimals of a score: what floating point adds behind them must not decide an order."""
@@ -98,13 +101,18 @@ class Scores(NamedTuple):
     """Of one of `indices`, by its place in them."""
 
 
+def words_in(query: str) -> list[str]:
+    """The different words of a query; only the first `MAX_WORDS` are looked up."""
+    return list(dict.fromkeys(query.split()))
+
+
 def by_words(snapshot: Snapshot, query: str) -> Ranking:
     """Features by the words of `query` that they carry, which must not be blank.
 
     score = Σ idf · weight / Σ idf over the words, with idf = ln(1 + (N − n + ½) / (n + ½)) as in BM25: N features, n of
     which carry it.
     """
-    words = list(dict.fromkeys(query.split()))[:MAX_PARTS]
+    words = words_in(query)[:MAX_WORDS]
     found = snapshot.carriers(words, list(FIELD_WEIGHTS))
     scores, matches, total_idf = np.zeros(len(snapshot)), np.zeros(len(snapshot), bool), 0.0
     for word in words:

@@ -15,11 +15,17 @@ from typing import Any, Generic, TypeVar
 from mistudio_engine.api.errors import Cancelled
 from mistudio_engine.api.events import Signal
 
-__all__ = ["Task"]
+__all__ = ["Task", "once"]
 
 T = TypeVar("T")
 
 log = logging.getLogger("mistudio.task")
+
+
+def once(fn: Callable[[], T]) -> Generator[None, Signal, T]:
+    """A call as a generator of one step."""
+    return fn()
+    yield
 
 
 class Task(Generic[T]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mistudio_engine.saes.architectures import ARCHITECTURES, new_sae
 from mistudio_engine.saes.base import SAE
 from mistudio_engine.saes.folding import fold_decoder_norms, fold_normalization
-from mistudio_engine.saes.formats import FORMATS, detect_format, load_sae, save_sae
+from mistudio_engine.saes.formats import FORMATS, detect_format, format_for, load_sae, save_sae
 from mistudio_engine.saes.saelens import read_sparsity
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "detect_format",
     "fold_decoder_norms",
     "fold_normalization",
+    "format_for",
     "load_sae",
     "new_sae",
     "read_sparsity",

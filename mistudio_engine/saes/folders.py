@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mistudio_engine.api.errors import Conflict, DiskFull
 
-__all__ = ["new_file", "new_folder"]
+__all__ = ["new_file", "new_folder", "take_place"]
 
 
 @contextmanager
@@ -36,40 +36,57 @@ def new_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
     _remove(part)
     part.mkdir(parents=True)
     try:
-        yield part
-        for file in part.iterdir():
-            _sync(file)
-        _sync(part)
-        if folder.exists():
-            # Two renames, since none replaces a folder that is not empty; in between the old one waits under `.old`.
-            old = folder.with_name(folder.name + ".old")
-            _remove(old)
-            folder.rename(old)
-            part.rename(folder)
-            _remove(old)
-        else:
-            part.rename(folder)
-        _sync(folder.parent)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        written = sum(file.stat().st_size for file in part.iterdir()) if part.exists() else 0
-        raise DiskFull.of(f"Writing {folder.name}", written, shutil.disk_usage(folder.parent).free) from error
+        with _room_for(folder, part):
+            yield part
+            for file in part.iterdir():
+                _sync(file)
+            take_place(part, folder)
     finally:
         _remove(part)
 
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A path to write to, whose file takes the place of `path` when the block ends well, and goes when it does not."""
+    """A path to write to, whose file takes the place of `path` when the block ends well, and goes when it does not.
+
+    Raises:
+        DiskFull: the disk filled up inside the block.
+    """
     part = path.with_name(path.name + ".part")
     try:
-        yield part
-        _sync(part)
-        part.replace(path)
-        _sync(path.parent)
+        with _room_for(path, part):
+            yield part
+            _sync(part)
+            part.replace(path)
+            _sync(path.parent)
     finally:
         part.unlink(missing_ok=True)
+
+
+def take_place(made: Path, folder: Path) -> None:
+    """Give a folder whose files are complete and synced the name `folder`, in place of one that has it."""
+    _sync(made)
+    # Two renames, since none replaces a folder that is not empty; in between the old one waits under `.old`.
+    old = folder.with_name(folder.name + ".old")
+    if folder.exists():
+        _remove(old)
+        folder.rename(old)
+    made.rename(folder)
+    _remove(old)
+    _sync(folder.parent)
+
+
+@contextmanager
+def _room_for(path: Path, part: Path) -> Iterator[None]:
+    """Tells a full disk as such, with what was written so far."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        files = part.iterdir() if part.is_dir() else [part] if part.exists() else []
+        written = sum(file.stat().st_size for file in files)
+        raise DiskFull.of(f"Writing {path.name}", written, shutil.disk_usage(path.parent).free) from error
 
 
 def _sync(path: Path) -> None:

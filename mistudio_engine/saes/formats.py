@@ -15,10 +15,10 @@ from mistudio_engine.api.errors import BadInput, NotFound, Unsupported
 from mistudio_engine.saes.base import SAE
 from mistudio_engine.saes.folders import new_folder
 from mistudio_engine.saes.native import is_native, read_native, write_native
-from mistudio_engine.saes.saelens import is_saelens, read_saelens, write_saelens, write_sparsity
+from mistudio_engine.saes.saelens import is_in_saelens, is_saelens, read_saelens, write_saelens, write_sparsity
 from mistudio_engine.saes.tensor_file import is_finite
 
-__all__ = ["FORMATS", "Format", "detect_format", "load_sae", "save_sae"]
+__all__ = ["FORMATS", "Format", "detect_format", "format_for", "load_sae", "save_sae"]
 
 
 class Format(NamedTuple):
@@ -33,6 +33,11 @@ FORMATS: dict[str, Format] = {
     "saelens": Format(is_saelens, read_saelens, write_saelens),
     "native": Format(is_native, read_native, write_native),
 }
+
+
+def format_for(architecture: str) -> str:
+    """The format in which an SAE is kept: SAELens's, which can be taken anywhere, where it has the architecture."""
+    return "saelens" if is_in_saelens(architecture) else "native"
 
 
 def detect_format(folder: Path) -> str:

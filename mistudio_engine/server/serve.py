@@ -38,8 +38,11 @@ __all__ = ["run", "stop"]
 
 log = logging.getLogger(__name__)
 
+ENGINE_SECONDS, CALL_SECONDS = 8.0, 1
+"""How long the engine's jobs have for their checkpoints, and then calls for their answers: under ten together."""
+
 STOP_SECONDS = 15.0
-"""How long `engine stop` waits: ten for the checkpoints, and some."""
+"""How long `engine stop` waits."""
 
 
 def run(home: Path | None, *, host: str, port: int, allow_remote: bool, log_level: str) -> None:
@@ -73,8 +76,16 @@ def run(home: Path | None, *, host: str, port: int, allow_remote: bool, log_leve
         lock.describe(url)
         hosts = frozenset() if _is_loopback(host) else frozenset({host.lower(), socket.gethostname().lower()})
         config = uvicorn.Config(
-            build_app(engine, hosts=hosts), log_level=log_level, access_log=False, ws_max_size=1 << 20, lifespan="on"
+            build_app(engine, hosts=hosts),
+            log_level=log_level,
+            access_log=False,
+            ws_max_size=1 << 20,
+            lifespan="on",
+            timeout_graceful_shutdown=CALL_SECONDS,
         )
+        # uvicorn raises the signal that stopped it once more. SIGTERM ends the process there; Python would make an
+        # exception of SIGINT, and then wait for threads that wait for others.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         try:
             _Server(config, engine, url).run(sockets=[listener])
         finally:
@@ -115,7 +126,7 @@ class _Server(uvicorn.Server):
         remove_engine_file(self.engine.home, self.engine.epoch)
         # Event streams end only when told to; without this uvicorn would wait for them for ever.
         self.engine.bus.close()
-        await asyncio.to_thread(self.engine.stop)
+        await asyncio.to_thread(self.engine.stop, ENGINE_SECONDS)
         await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: Any) -> None:

@@ -14,7 +14,7 @@ It does not know what is done with the result.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,7 +78,7 @@ def evaluate(
     n_tokens: int = 32_768,
     contexts: slice | None = None,
     batch: int | None = None,
-) -> Generator[Progress, None, Evaluation]:
+) -> Generator[Progress, Any, Evaluation]:
     """As `measure`, without the numbers for each feature."""
     measurement = yield from measure(
         lm, sae, tokens, hook_name=hook_name, n_tokens=n_tokens, contexts=contexts, batch=batch

@@ -91,6 +91,17 @@ class Pairs:
         torch.cumsum(kept, 0, out=before[1:])
         return Pairs(self.features[kept], before[self.offsets], self.d_sae)
 
+    def between(self, start: int, stop: int) -> tuple[Pairs, slice]:
+        """The pairs of some bags, and where they stand in this pattern."""
+        first, last = self.offsets[[start, stop]].tolist()
+        return Pairs(self.features[first:last], self.offsets[start : stop + 1] - first, self.d_sae), slice(first, last)
+
+    def mask(self) -> Tensor:
+        """The pattern as a mask, (n_bags, d_sae)."""
+        mask = torch.zeros(self.n_bags, self.d_sae, dtype=torch.bool, device=self.features.device)
+        mask[self.bags, self.features] = True
+        return mask
+
     def split(self, widths: tuple[int, ...]) -> tuple[Pairs, Tensor]:
         """Each token's features apart by the nested dictionary that they are new in.
 

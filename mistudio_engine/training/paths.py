@@ -7,6 +7,7 @@ no loss.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -79,6 +80,20 @@ class Paths:
             return DenseCode(sae, x, self.bf16)
         return SparseCode(sae, x, chosen.pairs, chosen.projection, self.bf16)
 
+    def codes(self, sae: SAE, x: Tensor, rows: int) -> Iterator[Code]:
+        """The codes of so many tokens at a time; BatchTopK chooses among all of x, however it is cut."""
+        if self.cfg.activation != "batchtopk" or rows >= len(x):
+            yield from (self.code(sae, part) for part in x.split(rows))
+            return
+        chosen = self._selector.batch_top_k(x, sae.W_enc.detach(), *self._edges(sae), self._k, rows)
+        for start in range(0, len(x), rows):
+            part = x[start : start + rows]
+            pairs, where = chosen.pairs.between(start, start + len(part))
+            if self._is_sparse_with_k():
+                yield SparseCode(sae, part, pairs, chosen.projection[where], self.bf16)
+            else:
+                yield DenseCode(sae, part, self.bf16, pairs.mask())
+
     def rows_at_once(self, n_tokens: int, device: torch.device) -> int:
         """How many tokens of a batch to work on at a time, for memory's and for speed's sake."""
         if self._is_sparse_with_k() or (not self._k and self._tries_sparse()) or device.type != "cpu":
@@ -110,13 +125,17 @@ class Paths:
             return self.hp.path == "sparse"
         return self._n_active is not None and not self._rest and self._n_active * _TRY_SPARSE <= self.cfg.d_sae
 
-    def _with_k(self, sae: SAE, x: Tensor) -> Code:
-        b_enc = sae.get_parameter("b_enc")
+    def _edges(self, sae: SAE) -> tuple[Tensor, Tensor | None]:
+        """What makes of projections the scores that are chosen by: b_enc and decoder norms, None for ones."""
         norms = sae.W_dec.detach().norm(dim=-1) if getattr(sae.cfg, "rescale_acts_by_decoder_norm", True) else None
+        return sae.get_parameter("b_enc").detach(), norms
+
+    def _with_k(self, sae: SAE, x: Tensor) -> Code:
+        b_enc, norms = self._edges(sae)
         over_batch = self.cfg.activation == "batchtopk"
         if self._is_sparse_with_k():
             find = self._selector.batch_top_k if over_batch else self._selector.top_k
-            chosen = find(x, sae.W_enc.detach(), b_enc.detach(), norms, self._k)
+            chosen = find(x, sae.W_enc.detach(), b_enc, norms, self._k)
             return SparseCode(sae, x, chosen.pairs, chosen.projection, self.bf16)
         code = DenseCode(sae, x, self.bf16)
         with torch.no_grad():

@@ -9,6 +9,7 @@ to equal at the edge of the choice. Nothing here has a gradient.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -69,8 +70,10 @@ class Selector:
         d_sae = W_enc.shape[1]
         n_candidates = min(d_sae, int(k * _MORE_CANDIDATES) + 2) if self.bf16 else k
         indices = torch.empty(len(x), n_candidates, dtype=torch.long, device=x.device)
-        for rows, scores in self._scores(x, W_enc, b_enc, norms):
-            indices[rows] = _largest(scores, n_candidates)
+        found = 0
+        for scores in self._scores(x, W_enc, b_enc, norms):
+            indices[found : found + len(scores)] = _largest(scores, n_candidates)
+            found += len(scores)
         candidates = Pairs.of_indices(indices, d_sae)
         projection = dot_products(candidates, x, W_enc.T)
         if n_candidates == k:
@@ -84,21 +87,26 @@ class Selector:
         )
 
     @torch.no_grad()
-    def batch_top_k(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, norms: Tensor | None, k: int) -> Chosen:
+    def batch_top_k(
+        self, x: Tensor, W_enc: Tensor, b_enc: Tensor, norms: Tensor | None, k: int, rows: int | None = None
+    ) -> Chosen:
         """The k·n_tokens largest positive (x·W_enc + b_enc)·norms of the whole batch; fewer where fewer are positive.
 
         Arguments as for `top_k`.
+
+        Args:
+            rows: where memory is short: keep the pre-activations of no more tokens than this, and compute them again
+                for each look at them. The choice is the same.
         """
         wanted = k * len(x)
-        kept = [
-            scores.clone() if len(scores) < len(x) else scores for _, scores in self._scores(x, W_enc, b_enc, norms)
-        ]
-        sample = torch.cat([scores.view(-1)[::_SAMPLE_STRIDE] for scores in kept]).float()
+        again = partial(self._scores, x, W_enc, b_enc, norms, rows)
+        kept = None if rows else [scores.clone() if len(scores) < len(x) else scores for scores in again()]
+        sample = torch.cat([scores.view(-1)[::_SAMPLE_STRIDE] for scores in kept or again()]).float()
         share = min(1.0, wanted * _MORE_CANDIDATES / (len(x) * W_enc.shape[1]))
         while True:
             rank = min(len(sample), int(share * len(sample)) + 8)
             edge = float(sample.kthvalue(len(sample) - rank + 1).values) if share < 1 else 0.0
-            parts = [_above(scores, max(edge, 0.0)) for scores in kept]
+            parts = [_above(scores, max(edge, 0.0)) for scores in kept or again()]
             if sum(len(features) for features, _ in parts) >= wanted * (1 + (_MORE_CANDIDATES - 1) / 4) or edge <= 0:
                 break
             share = min(1.0, share * 2)
@@ -129,7 +137,7 @@ class Selector:
             spread = x.pow(2).mean().sqrt() * W_enc.norm(dim=0)
             shifted = shifted + _MARGIN * spread + shifted.abs() * 2.0**-7
         parts, n_found = [], 0
-        for _, scores in self._scores(x, W_enc, shifted, None):
+        for scores in self._scores(x, W_enc, shifted, None):
             features, n_each = _above(scores, 0.0)
             n_found += len(features)
             if n_found > most:
@@ -141,8 +149,10 @@ class Selector:
         chosen = projection + b_enc[candidates.features] > edges
         return Chosen(candidates.where(chosen), projection[chosen])
 
-    def _scores(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, norms: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-        """(x·W_enc + b_enc)·norms, a block of tokens at a time; the block is overwritten by the next."""
+    def _scores(
+        self, x: Tensor, W_enc: Tensor, b_enc: Tensor, norms: Tensor | None, rows: int | None = None
+    ) -> Iterator[Tensor]:
+        """(x·W_enc + b_enc)·norms, a block of at most `rows` tokens at a time; it is overwritten by the next."""
         dtype = torch.bfloat16 if self.bf16 else torch.float32
         by_feature = W_enc.T  # (d_sae, d_in), whole rows in memory
         if norms is not None:
@@ -153,11 +163,11 @@ class Selector:
             by_feature = self._buffer("weights", tuple(by_feature.shape), x).copy_(by_feature)
         x, b_enc = x.to(dtype), b_enc.to(dtype)
         size = max(1, _BLOCK_BYTES.get(x.device.type, 1 << 30) // (len(b_enc) * dtype.itemsize))
-        for start in range(0, len(x), size):
-            part = x[start : start + size]
+        size = min(size, rows or size)
+        for part in x.split(size):
             block = self._buffer("block", (min(size, len(x)), len(b_enc)), x)[: len(part)]
             # Two steps: into a given tensor addmm copies the bias first, and the product then reads it again.
-            yield slice(start, start + len(part)), torch.mm(part, by_feature.T, out=block).add_(b_enc)
+            yield torch.mm(part, by_feature.T, out=block).add_(b_enc)
 
     def _buffer(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """A tensor to write into, on `like`'s device."""

@@ -14,27 +14,22 @@ import torch
 from torch import Tensor, nn
 
 from mistudio_engine.api.errors import BadInput, JobFailed, OutOfMemory, WrongShape
-from mistudio_engine.api.presets import L1_PER_WIDTH, default_l1_coefficient
+from mistudio_engine.api.presets import L1_PER_ROOT_WIDTH, default_l1_coefficient
 from mistudio_engine.api.sae_config import SAEConfig
 from mistudio_engine.api.training_config import Hyperparameters, check_training, training_bytes
 from mistudio_engine.saes import SAE
 from mistudio_engine.training import metrics
 from mistudio_engine.training.checkpoints import read_state, write_state
+from mistudio_engine.training.divergence import Divergence
 from mistudio_engine.training.finishing import finished, first_weights
 from mistudio_engine.training.objectives import OBJECTIVES, Moment, Objective
+from mistudio_engine.training.parts import detached, is_out_of_memory, merged
 from mistudio_engine.training.paths import Paths, computes_in_bf16
 from mistudio_engine.training.resampling import resample
 from mistudio_engine.training.scaling import DeadForecast, Scaling, dead_forecast, mean_and_spread
 from mistudio_engine.training.schedule import lr_factor, sparsity_factor
 
 __all__ = ["StepMetrics", "Trainer"]
-
-_EXPLODED_FVU = 100.0
-_EXPLODED_STEPS = 20
-"""A hundred times worse than the mean for this many steps in a row does not come back."""
-
-_NO_MEMORY = ("can't allocate memory", "std::bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED")
-"""How torch says it in a plain RuntimeError: the CPU's allocator, a topk's own list of indices, cuBLAS."""
 
 _EXTENDABLE = ("n_tokens", "checkpoint_interval", "keep_checkpoints", "log_interval", "eval_tokens")
 """Settings that a training may go on with another value of."""
@@ -68,7 +63,7 @@ class Trainer:
 
     def __init__(self, cfg: SAEConfig, hp: Hyperparameters, seed: int = 0, device: str | torch.device = "cpu") -> None:
         check_training(cfg, hp)
-        if hp.l1_coefficient is None and cfg.activation in L1_PER_WIDTH:
+        if hp.l1_coefficient is None and cfg.activation in L1_PER_ROOT_WIDTH:
             hp = hp.model_copy(update={"l1_coefficient": default_l1_coefficient(cfg.activation, cfg.d_in)})
         self.cfg, self.hp, self.seed = cfg, hp, seed
         self.device = torch.device(device)
@@ -93,7 +88,7 @@ class Trainer:
         self.tokens_since_fired = torch.zeros(cfg.d_sae, dtype=torch.long, device=self.device)
         self.n_fired = torch.zeros(cfg.d_sae, dtype=torch.long, device=self.device)
         self.n_counted = 0
-        self._n_exploded = 0
+        self.divergence = Divergence(hp)
         self._judged: list[float] = []
         self.warnings: list[str] = []
         """What a person should know, one sentence each; whoever passes them on takes them out."""
@@ -176,7 +171,12 @@ class Trainer:
             )
         *numbers, total = numbers.tolist()  # the only wait for the device in a step
         measured = StepMetrics(*numbers, lr=lr)
-        self._check_finite(measured, total, z, y)
+        watched = {"loss": measured.loss, "gradient": measured.grad_norm, "sum of the weights": measured.l1 + total}
+        try:
+            self.divergence.check(self.n_steps_done, watched, measured.fvu, z, y)
+        except JobFailed:
+            self.sae.zero_grad()
+            raise
         self._optimize(lr, grad_norm)
         with torch.no_grad():
             if self.cfg.activation == "jumprelu":
@@ -254,7 +254,7 @@ class Trainer:
                 "seed": self.seed,
                 "n_steps_done": self.n_steps_done,
                 "n_counted": self.n_counted,
-                "n_exploded": self._n_exploded,
+                "n_exploded": self.divergence.n_exploded,
                 "prepared": self.prepared,
                 "scales": [self.scaling.scale, self.target_scaling.scale],
                 "forecast": self.forecast,
@@ -299,7 +299,7 @@ class Trainer:
             self.target_scaling = self.scaling
         self.forecast = None if values["forecast"] is None else DeadForecast(*values["forecast"])
         self.seed, self.n_steps_done, self.n_counted = values["seed"], values["n_steps_done"], values["n_counted"]
-        self.prepared, self._n_exploded = values["prepared"], values["n_exploded"]
+        self.prepared, self.divergence.n_exploded = values["prepared"], values["n_exploded"]
         self.batch_threshold, self.micro_batch_size = values["batch_threshold"], values["micro_batch_size"]
         self.bf16 = values["bf16"]
         self.paths = Paths(self.cfg, self.hp, self.bf16)
@@ -310,27 +310,24 @@ class Trainer:
 
     def _gradients(self, z: Tensor, y: Tensor, dead: Tensor) -> Objective:
         """The objective of a batch, its gradient left in the parameters; in parts where memory asks for it."""
+        sparsity = sparsity_factor(self.n_steps_done, self.hp)
         while True:
             rows = min(self.micro_batch_size or self.paths.rows_at_once(len(z), self.device), len(z))
             self.sae.zero_grad()
             try:
                 parts = []
-                for part_z, part_y in zip(z.split(rows), y.split(rows), strict=True):
-                    outcome = self._objective(part_z, part_y, dead)
+                codes = self.paths.codes(self.sae, self.sae.centre(z).detach(), rows)
+                for code, part_z, part_y in zip(codes, z.split(rows), y.split(rows), strict=True):
+                    moment = Moment(self.hp, sparsity, dead, self.sae.skip(part_z))
+                    outcome = OBJECTIVES[self.cfg.architecture](code, part_y, moment)
                     share = len(part_z) / len(z)
                     (outcome.loss * share).backward()
-                    parts.append((share, _detached(outcome)))
-                return _merged(parts)
+                    parts.append((share, detached(outcome)))
+                return merged(parts)
             except (RuntimeError, MemoryError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
             self._halve(rows)
-
-    def _objective(self, z: Tensor, y: Tensor, dead: Tensor) -> Objective:
-        x = self.sae.centre(z).detach()
-        hp = self.hp
-        moment = Moment(hp, sparsity_factor(self.n_steps_done, hp), dead, self.sae.skip(z))
-        return OBJECTIVES[self.cfg.architecture](self.paths.code(self.sae, x), y, moment)
 
     def _halve(self, rows: int) -> None:
         """Go on with fewer tokens at a time; the batch that a step sees stays the same."""
@@ -341,10 +338,9 @@ class Trainer:
             needed = training_bytes(self.cfg, self.hp.model_copy(update={"micro_batch_size": 1}))
             raise OutOfMemory.of("This training", needed, 0, "Lower d_sae, or unload a model.")
         self.micro_batch_size = (rows + 1) // 2
-        over_batch = self.cfg.activation == "batchtopk"
         self.warnings.append(
             f"Memory ran out with {rows} tokens at a time; going on with {self.micro_batch_size}, "
-            + ("among which alone BatchTopK then chooses." if over_batch else "which gives the same steps, slower.")
+            "which gives the same steps, slower."
         )
 
     def _optimize(self, lr: float, grad_norm: Tensor) -> None:
@@ -365,19 +361,6 @@ class Trainer:
         has one may just never be chosen, and the loss not know of it. W_dec is left out, since its norms are in l1."""
         weights = [p.sum() for name, p in self._trained.items() if name != "W_dec"]
         return torch.stack([z.sum(), *weights]).sum()
-
-    def _check_finite(self, measured: StepMetrics, total: float, z: Tensor, y: Tensor) -> None:
-        numbers = {"loss": measured.loss, "gradient": measured.grad_norm, "sum of the weights": measured.l1 + total}
-        for what, number in numbers.items():
-            if not math.isfinite(number):
-                self.sae.zero_grad()
-                raise self._diverged(f"The {what} is {number}", z, y)
-        self._n_exploded = self._n_exploded + 1 if measured.fvu > _EXPLODED_FVU else 0
-        if self._n_exploded >= _EXPLODED_STEPS:
-            self.sae.zero_grad()
-            raise self._diverged(
-                f"The reconstruction error has been {measured.fvu:.3g} times the variance for long", z, y
-            )
 
     def _normalized(self, x: Tensor, scaling: Scaling) -> Tensor:
         return self.sae.normalize(scaling(x.to(self.device, torch.float32)))[0]
@@ -428,19 +411,6 @@ class Trainer:
         before = (self.n_steps_done - 1) * self.hp.batch_size
         return before // interval < self.n_tokens_done // interval
 
-    def _diverged(self, what: str, z: Tensor, y: Tensor) -> JobFailed:
-        if not bool(z.isfinite().all()) or not bool(y.isfinite().all()):
-            return JobFailed(
-                f"The activations at step {self.n_steps_done} have NaN or infinite values.",
-                why="The language model overflows in this precision.",
-                fix="Load the model in fp32 or bf16, then resume from the last checkpoint.",
-            )
-        return JobFailed(
-            f"{what} at step {self.n_steps_done}: training has diverged.",
-            why=f"lr is {self.hp.lr:g}, the gradient is clipped at {self.hp.clip_grad_norm:g}.",
-            fix="Start again with a lower lr (a third) or a longer lr_warm_up_fraction; the last checkpoint is finite.",
-        )
-
 
 def _as_it_lies(tensor: Tensor) -> Tensor:
     """The tensor, or its transpose where that is contiguous."""
@@ -453,41 +423,6 @@ def _judged(outcome: Objective, sparsity: float) -> float:
     if penalised and sparsity < 1:
         return math.inf
     return sum(float(outcome.parts[name]) for name in ("mse_loss", *penalised))
-
-
-def _detached(outcome: Objective) -> Objective:
-    """Without the graph."""
-    parts = {name: part.detach() for name, part in outcome.parts.items()}
-    return outcome._replace(
-        loss=outcome.loss.detach(), parts=parts, sae_out=outcome.sae_out.detach(), l1=outcome.l1.detach()
-    )
-
-
-def _merged(parts: list[tuple[float, Objective]]) -> Objective:
-    """The objective of a batch from those of its parts, each with its share of the tokens."""
-    if len(parts) == 1:
-        return parts[0][1]
-    outcomes = [outcome for _, outcome in parts]
-    smallest = [outcome.smallest for outcome in outcomes if outcome.smallest is not None]
-    names = dict.fromkeys(name for outcome in outcomes for name in outcome.parts)
-    return Objective(
-        loss=torch.stack([share * outcome.loss for share, outcome in parts]).sum(),
-        parts={
-            name: torch.stack([share * outcome.parts[name] for share, outcome in parts if name in outcome.parts]).sum()
-            for name in names
-        },
-        sae_out=torch.cat([outcome.sae_out for outcome in outcomes]),
-        n_fired=torch.stack([outcome.n_fired for outcome in outcomes]).sum(dim=0),
-        l1=torch.stack([share * outcome.l1 for share, outcome in parts]).sum(),
-        smallest=torch.stack(smallest).amin() if smallest else None,
-    )
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether there was no room for a tensor, or for what an operation works in."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return any(words in str(error) for words in _NO_MEMORY)
 
 
 def _check_same(what: str, ours: dict[str, Any], theirs: dict[str, Any]) -> None:

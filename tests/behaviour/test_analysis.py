@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mistudio_engine.api.errors import BadInput, Forbidden, MistudioError, NotFound
-from mistudio_engine.api.operations import AnalyseFeatures, MapFeatures, ShowAnalysis, ShowMap
+from mistudio_engine.api.operations import AnalyseFeatures, Extract, MapFeatures, ShowAnalysis, ShowMap
 from mistudio_engine.api.records import Job, SAERecord
 from mistudio_engine.discovery.analysis_store import ANALYSIS_FILE, part_features, read_analysis, write_part
 from mistudio_engine.handlers import analysis as handlers
@@ -25,8 +25,19 @@ from mistudio_engine.runtime.jobs import JobContext
 from tests.behaviour.doors import DOORS, Door, Loop, Served
 from tests.behaviour.trainings import completed, until
 
+D_SAE = 128
+FEATURES = list(range(0, D_SAE, 3))
+"""Those that are extracted: what is made for each of them takes a third of the time."""
+
 PLAIN = ["in process", "REST"]
 """Doors that give a program all of an answer; an agent's tools are tested where they are made."""
+
+
+@pytest.fixture(scope="module")
+def engine(studio: Served) -> Engine:
+    """With an extraction of some features."""
+    completed(studio.engine, Extract(sae="first", n_tokens=8192, features=FEATURES))
+    return studio.engine
 
 
 @pytest.fixture
@@ -68,13 +79,13 @@ def folder_pipeline(tmp_path: Path) -> str:
     return str(tmp_path / "rules")
 
 
-def test_every_living_feature_is_analysed_and_some_may_be_analysed_anew(engine, doors, derived, folder_pipeline):
+def test_every_living_feature_is_analysed(engine, doors, derived):
     alive = living(engine)
     at_once = engine.call(ShowAnalysis(sae="first", index=alive[3]))
     assert not at_once.stored
 
     job = completed(engine, AnalyseFeatures(sae="first"))
-    assert (job.result["n_analysed"], job.result["n_dead"]) == (len(alive), 128 - len(alive))
+    assert (job.result["n_analysed"], job.result["n_dead"]) == (len(alive), len(FEATURES) - len(alive))
     assert (job.result["pipeline"], job.result["missing"][0]) == ("blank:xx", "part_of_speech")
     assert "install" in job.result["advice"]
     assert sorted(part_features(derived / ANALYSIS_FILE)) == alive
@@ -86,16 +97,7 @@ def test_every_living_feature_is_analysed_and_some_may_be_analysed_anew(engine, 
         assert len(shown.words) == 20 or sum(word.share for word in shown.words) == pytest.approx(1)
         assert shown.n_silent_words > 0
         assert shown.summary.startswith("Looked at")
-
-    again = [alive[5], alive[2], alive[5]]
-    completed(engine, AnalyseFeatures(sae="first", features=again, pipeline=folder_pipeline, n_examples=2))
-    assert sorted(part_features(derived / ANALYSIS_FILE)) == alive
-    assert read_analysis(derived, alive[3]) == kept
-    assert read_analysis(derived, 128) is None
-    found = read_analysis(derived, alive[5])
-    assert (found.pipeline, found.n_examples) == ("en_rules 0.1", min(found.n_examples, 6))
-    assert {"lemmas", "part_of_speech"}.isdisjoint(found.missing)
-    assert {row.name for row in found.part_of_speech} == {"X"}
+    assert read_analysis(derived, D_SAE) is None
 
 
 def test_the_setting_counts_where_a_call_is_silent(engine, derived, folder_pipeline):
@@ -119,10 +121,10 @@ def test_an_agent_may_not_name_a_folder(engine, folder_pipeline):
 @pytest.mark.parametrize(
     ("operation", "error", "match"),
     [
-        (AnalyseFeatures(sae="first", features=[128]), NotFound, "no feature 128"),
+        (AnalyseFeatures(sae="first", features=[D_SAE]), NotFound, "no feature 128"),
         (AnalyseFeatures(sae="first", pipeline="en_core_web_none"), NotFound, "not installed"),
         (AnalyseFeatures(sae="first", pipeline="blank:klingon"), NotFound, "no language 'klingon'"),
-        (ShowAnalysis(sae="first", index=128), NotFound, "no feature 128"),
+        (ShowAnalysis(sae="first", index=D_SAE), NotFound, "no feature 128"),
         (ShowAnalysis(sae="none", index=0), NotFound, "no sae 'none'"),
         (ShowMap(sae="first", what="labels", method="pca"), NotFound, "no map of the labels"),
     ],
@@ -169,11 +171,17 @@ def test_cancelling_ends_the_process_within_five_seconds(engine, derived):
     assert not (derived / ANALYSIS_FILE).exists()
 
 
-def test_what_was_analysed_before_a_crash_is_not_analysed_again(engine, derived, monkeypatch):
+def test_a_crash_and_a_stop_keep_what_is_analysed_and_other_analyses_stay(
+    engine, derived, folder_pipeline, monkeypatch
+):
     """The parts of an attempt that was cut short stay in the job's folder, and the next attempt begins there."""
     monkeypatch.setattr(handlers, "ANALYSED_AT_ONCE", 1)
-    wanted = living(engine)[:60]
-    job = engine.call(AnalyseFeatures(sae="first", features=wanted))
+    *wanted, again, other = living(engine)
+    kept = [engine.call(ShowAnalysis(sae="first", index=index)) for index in (again, other)]
+    write_part(derived / ANALYSIS_FILE, [(each.index, each.model_dump_json()) for each in kept])
+
+    features = [again, *wanted, again]
+    job = engine.call(AnalyseFeatures(sae="first", features=features, pipeline=folder_pipeline, n_examples=2))
     folder = engine.home / "jobs" / job.slug
     until(lambda: [*folder.rglob("*.parquet")], "a part")
     for pid in workers():
@@ -181,33 +189,31 @@ def test_what_was_analysed_before_a_crash_is_not_analysed_again(engine, derived,
     failed = engine.jobs.wait(job.slug, 30)
     assert (failed.state, failed.error.code) == ("failed", "job_failed")
     assert "SIGKILL" in failed.error.what
-    parts = [*folder.rglob("*.parquet")]
-    assert 0 < len(parts) < 60
-    calls: list[list[int]] = []
+    n_parts = len([*folder.rglob("*.parquet")])
+    assert 0 < n_parts <= len(wanted)
+    calls: list[int] = []
     pool_map = processes.ProcessPool.map
 
     def watched(self, function, arguments):
         arguments = list(arguments)
-        calls.extend(each[-1] for each in arguments)
+        calls.extend(feature for each in arguments for feature in each[-1])
         return pool_map(self, function, arguments)
 
     monkeypatch.setattr(processes.ProcessPool, "map", watched)
     engine.jobs.control(job.slug, "retry")
-    assert engine.jobs.wait(job.slug, 60).state == "completed"
-    done = set(wanted) - {feature for call in calls for feature in call}
-    assert len(done) == len(parts)
-    assert sorted(part_features(derived / ANALYSIS_FILE)) == sorted(wanted)
-
-
-def test_stopping_keeps_what_is_analysed_so_far(engine, derived, monkeypatch):
-    monkeypatch.setattr(handlers, "ANALYSED_AT_ONCE", 1)
-    job = engine.call(AnalyseFeatures(sae="first"))
-    until(lambda: [*(engine.home / "jobs" / job.slug).rglob("*.parquet")], "a part")
+    until(lambda: len([*folder.rglob("*.parquet")]) > n_parts, "another part")
     engine.jobs.control(job.slug, "stop")
     stopped = engine.jobs.wait(job.slug, 30)
-    assert stopped.state == "completed"
-    assert 0 < stopped.result["n_analysed"] < len(living(engine))
-    assert len(part_features(derived / ANALYSIS_FILE)) == stopped.result["n_analysed"]
+    assert (stopped.state, stopped.result["pipeline"]) == ("completed", "en_rules 0.1")
+    done = [again, *wanted][: stopped.result["n_analysed"]]
+    assert n_parts < len(done) and calls == [again, *wanted][n_parts:]
+
+    assert sorted(part_features(derived / ANALYSIS_FILE)) == sorted([*done, other])
+    assert read_analysis(derived, other) == kept[1]
+    found = read_analysis(derived, again)
+    assert (found.pipeline, found.n_examples) == ("en_rules 0.1", min(found.n_examples, 6))
+    assert {"lemmas", "part_of_speech"}.isdisjoint(found.missing)
+    assert {row.name for row in found.part_of_speech} == {"X"}
 
 
 @pytest.mark.parametrize("method", ["pca", "umap"])

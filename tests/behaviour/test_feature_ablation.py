@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from mistudio_engine.api.errors import BadInput, NotFound
-from mistudio_engine.api.operations import AblateFeatures, FeaturesOnText, GetFeature, SearchFeatures, ShowAblation
+from mistudio_engine.api.operations import (
+    AblateFeatures,
+    DeleteSAE,
+    Extract,
+    FeaturesOnText,
+    GetFeature,
+    GetSAE,
+    SearchFeatures,
+    ShowAblation,
+)
 from mistudio_engine.api.operations import TestFeature as TryFeature
+from mistudio_engine.api.records import SAERecord
 from mistudio_engine.runtime.engine import Engine
+from mistudio_engine.saes import load_sae, save_sae
 from tests.behaviour.doors import Served
 from tests.behaviour.trainings import completed, until
 
@@ -44,6 +57,20 @@ def test_features_are_ablated_on_their_own_examples_beside_controls(studio: Serv
     of_context = {example.context: example for example in card.examples or []}
     shown = next(text for text in found.texts if text.context in of_context)
     assert shown.tokens == of_context[shown.context].tokens[: len(shown.tokens)]
+
+
+def test_a_feature_that_writes_nothing_is_no_control(studio: Served, tmp_path: Path) -> None:
+    """Of its twin's living features four have a direction: the other three are the controls."""
+    engine = studio.engine
+    sae = load_sae(engine.home / engine.store.get(SAERecord, "first").folder)
+    writing = alive(engine, 4)
+    sae.W_dec[[index for index in range(sae.cfg.d_sae) if index not in writing]] = 0
+    completed(engine, GetSAE(source=str(save_sae(sae, tmp_path / "twin")), name="twin", model="tiny"))
+    completed(engine, Extract(sae="twin", dataset="corpus", n_tokens=8192))
+    completed(engine, AblateFeatures(sae="twin", features=writing[:1], n_contexts=2, n_controls=8))
+    found = engine.call(ShowAblation(sae="twin", index=writing[0]))
+    assert found.controls == sorted(writing[1:]) and found.excess_kl is not None
+    engine.call(DeleteSAE(sae="twin"))
 
 
 def test_features_are_ablated_on_given_texts(studio: Served) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 
 from mistudio_engine.api.errors import EmptyData, Forbidden, NotFound, Unreachable, WrongShape
 from mistudio_engine.api.operations import (
+    AnalyseFeatures,
     DeleteSAE,
     Extract,
     GetSAE,
@@ -21,15 +24,16 @@ from mistudio_engine.api.operations import (
     SearchFeatures,
     SetLabel,
     ShowPublished,
+    UseExtraction,
 )
-from mistudio_engine.api.records import LabelRecord, SAERecord
+from mistudio_engine.api.records import Job, LabelRecord, SAERecord
 from mistudio_engine.handlers import published
 from mistudio_engine.handlers.knowledge import Knowledge
 from mistudio_engine.runtime.engine import Engine
 from mistudio_engine.runtime.jobs import JobContext
 from mistudio_engine.saes import load_sae, save_sae
 from tests.behaviour.doors import Served
-from tests.behaviour.trainings import completed, ended
+from tests.behaviour.trainings import completed, ended, until
 from tests.bucket_server import BucketServer, bucket_server
 
 
@@ -138,7 +142,7 @@ def labels_of_jobs_alone(studio: Served) -> Iterator[None]:
 def imported(engine: Engine, source: Path | str, **more: Any) -> dict[str, Any]:
     job = completed(engine, ImportLabels(sae="first", source=str(source), **more))
     assert job.result is not None
-    assert not list((engine.home / "extractions").rglob("*.part"))
+    assert not list((engine.home / "saes").rglob("*.part"))
     return job.result
 
 
@@ -257,21 +261,78 @@ def test_a_dry_run_says_how_much_there_is_and_fetches_nothing(
     assert not any("batch-" in path for path in bucket.requests)
 
 
-def test_a_killed_import_goes_on_with_the_file_it_was_at(studio: Served, bucket: BucketServer, source_id: str) -> None:
-    """The generator is dropped as a killed engine drops it; another begins in the same job's folder."""
-    from mistudio_engine.handlers.published import run_import_labels
+def test_nobody_waits_for_the_listing_of_a_bucket(studio: Served, bucket: BucketServer, source_id: str) -> None:
+    """An import is accepted before its bucket answers: while it does not, others submit."""
+    answers = threading.Event()
+    bucket.answers = answers
+    engine = studio.engine
+    job = engine.call(ImportLabels(sae="first", source=f"tiny/{source_id}", base_url=bucket.url, examples=False))
+    until(lambda: bucket.requests, "the request for a listing")
+    other = completed(engine, AnalyseFeatures(sae="first", features=[]))
+    assert other.state == "completed" and not engine.jobs.get(job.slug).finished
+    answers.set()
+    assert engine.jobs.wait(job.slug, 30).state == "completed"
 
+
+def test_two_imports_of_one_source_at_once_are_both_whole(studio: Served, bucket: BucketServer, source_id: str) -> None:
+    engine = studio.engine
+    operation = ImportLabels(sae="first", source=f"tiny/{source_id}", base_url=bucket.url)
+    jobs = [engine.call(operation) for _ in range(3)]
+    seen = 0
+    while not all(engine.jobs.get(job.slug).finished for job in jobs):
+        with contextlib.suppress(NotFound):
+            seen += sum(source.total for source in engine.call(ShowPublished(sae="first", index=7)).sources)
+    results = [engine.jobs.wait(job.slug, 30).result for job in jobs]
+    assert all(result is not None and result["n_examples"] == 120 for result in results), results
+    assert sorted(result["n_labels"] for result in results if result) == [0, 0, 40]
+    assert sorted(result["n_known"] for result in results if result) == [0, 40, 40]
+    (source,) = engine.call(ShowPublished(sae="first", index=7)).sources
+    assert source.total == 3 and seen % 3 == 0, "whoever looks meanwhile sees all of it or nothing"
+    for n in range(40):
+        authors = [each.author for each in engine.store.label_history("first", n)]
+        assert authors.count("neuronpedia:ann") == 1
+
+
+def test_examples_belong_to_the_sae_and_outlive_an_extraction(studio: Served, folder: Path, source_id: str) -> None:
+    engine = studio.engine
+    imported(engine, folder)
+    before = engine.call(ShowPublished(sae="first", index=7))
+    extraction = engine.store.get(SAERecord, "first").extraction
+    completed(engine, Extract(sae="first", n_tokens=2048, features=[7]))
+    assert engine.call(ShowPublished(sae="first", index=7)) == before
+    completed(engine, UseExtraction(extraction=extraction))
+
+    sae = load_sae(engine.home / engine.store.get(SAERecord, "first").folder)
+    save_sae(sae, folder.parent / "sae")
+    completed(engine, GetSAE(source=str(folder.parent / "sae"), name="bare", model="tiny"))
+    report = completed(engine, ImportLabels(sae="bare", source=str(folder), features=[7])).result
+    assert report is not None and report["n_examples"] == 3 and report["fidelity"] is None
+    assert engine.call(ShowPublished(sae="bare", index=7)).sources[0].total == 3
+    folders = engine.home / engine.store.get(SAERecord, "bare").folder
+    engine.call(DeleteSAE(sae="bare"))
+    assert not folders.exists()
+
+
+def test_a_killed_import_goes_on_with_the_file_it_was_at(
+    studio: Served, bucket: BucketServer, source_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The generator is dropped in the middle of a file of labels; another begins in the same job's folder."""
+    monkeypatch.setattr(published, "LABELS_AT_ONCE", 4)
     engine = studio.engine
     operation = ImportLabels(sae="first", source=f"tiny/{source_id}", base_url=bucket.url)
     job = completed(engine, ImportLabels(sae="first", source=f"tiny/{source_id}", base_url=bucket.url, features=[99]))
     context = JobContext(job, engine.home / "jobs" / "killed", engine.bus.publish)
-    work = run_import_labels(operation, engine, context)
+    work = published.run_import_labels(operation, engine, context)
     n_done = 0
     while n_done < 9:
         n_done += next(work).checkpointed
-    del work  # no `close` of the job: what it wrote is all that is left
+    while next(work).stage != "reading explanations/batch-1.jsonl.gz":
+        pass
+    del work  # what it wrote is all that is left
+    half = engine.store.label("first", 17)
+    assert half is not None and half.author == "neuronpedia:ann", "some of the file's labels were written"
     bucket.requests.clear()
-    second = run_import_labels(operation, engine, context)
+    second = published.run_import_labels(operation, engine, context)
     while True:
         try:
             next(second)
@@ -279,7 +340,7 @@ def test_a_killed_import_goes_on_with_the_file_it_was_at(studio: Served, bucket:
             report = stop.value
             break
     assert sum("batch-" in path for path in bucket.requests) == len(bucket.files) - 9
-    assert (report.n_features, report.n_labels, report.n_examples) == (128, 40, 120)
+    assert (report.n_features, report.n_labels, report.n_known, report.n_examples) == (128, 40, 0, 120)
     for n in range(40):
         authors = [each.author for each in engine.store.label_history("first", n)]
         assert authors.count("neuronpedia:ann") == 1
@@ -325,10 +386,17 @@ def test_an_agent_may_name_neither_a_folder_nor_a_bucket(studio: Served, folder:
             studio.engine.call(ImportLabels(sae="first", **arguments), caller="agent:a")
 
 
-def test_offline_a_bucket_is_refused(studio: Served, source_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_no_bucket_is_asked(
+    studio: Served, source_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MISTUDIO_OFFLINE", "1")
+    engine = studio.engine
+    operation = ImportLabels(sae="first", source=f"tiny/{source_id}")
     with pytest.raises(Unreachable, match="MISTUDIO_OFFLINE=1"):
-        studio.engine.call(ImportLabels(sae="first", source=f"tiny/{source_id}"))
+        engine.call(operation.model_copy(update={"dry_run": True}))
+    context = JobContext(Job(slug="offline", operation="import_labels"), tmp_path, engine.bus.publish)
+    with pytest.raises(Unreachable, match="MISTUDIO_OFFLINE=1"):
+        list(published.run_import_labels(operation, engine, context))
 
 
 def test_a_source_without_files_is_refused(studio: Served, tmp_path: Path) -> None:

@@ -9,11 +9,21 @@ from typing import Any
 
 import pytest
 
-from mistudio_engine.api.operations import DownloadExport, Export, GetFeature, SetLabel, ShowExport
+from mistudio_engine.api.operations import DownloadExport, Export, Extract, GetFeature, SetLabel, ShowExport
 from mistudio_engine.export.features_json import FeaturesDocument
 from mistudio_engine.runtime.engine import Engine
 from tests.behaviour.doors import Served
 from tests.behaviour.trainings import completed
+
+EXTRACTED = list(range(0, 128, 3))
+"""The others are exported with their labels alone."""
+
+
+@pytest.fixture(scope="module")
+def studio(studio: Served) -> Served:
+    """With an extraction of some features only."""
+    completed(studio.engine, Extract(sae="first", n_tokens=8192, features=EXTRACTED))
+    return studio
 
 
 def exported(engine: Engine, **more: Any) -> tuple[dict[str, Any], bytes]:
@@ -38,8 +48,12 @@ def test_each_feature_is_what_get_feature_says(studio: Served) -> None:
     assert document["sae"]["slug"] == "first" and document["n_features"] == 128 == len(document["features"])
     assert document["extraction"]["slug"] == document["features"][0]["extraction"]
     assert document["provenance"]["bos_policy"]
-    for feature in document["features"]:
-        operation = GetFeature(sae="first", index=feature["index"], n=4, window=6, bins=20, sampling="all")
+    bare = [feature for feature in document["features"] if feature["index"] not in EXTRACTED]
+    assert all(feature["examples"] is feature["histogram"] is feature["top_tokens"] is None for feature in bare)
+    assert sum(feature["label"] is not None for feature in bare) > 40
+    for index in EXTRACTED:
+        feature = document["features"][index]
+        operation = GetFeature(sae="first", index=index, n=4, window=6, bins=20, sampling="all")
         card = engine.call(operation).model_dump(mode="json")
         examples, shown = feature.pop("examples"), card.pop("examples")
         assert feature == card
@@ -53,20 +67,21 @@ def test_each_feature_is_what_get_feature_says(studio: Served) -> None:
 
 
 def test_the_same_export_is_the_same_bytes_also_compressed(studio: Served) -> None:
-    one, plain = exported(studio.engine)
-    two, again = exported(studio.engine)
+    some: dict[str, Any] = {"feature_selection": "custom", "range_start": 0, "range_end": 20}
+    one, plain = exported(studio.engine, **some)
+    two, again = exported(studio.engine, **some)
     assert one["slug"] != two["slug"] and plain == again
-    packed_record, packed = exported(studio.engine, compress=True)
+    packed_record, packed = exported(studio.engine, **some, compress=True)
     assert packed_record["format"] == "json.gz"
     assert gzip.decompress(packed) == plain
-    assert exported(studio.engine, compress=True)[1] == packed
+    assert exported(studio.engine, **some, compress=True)[1] == packed
 
 
 def test_what_was_not_asked_for_is_null(studio: Served) -> None:
     _, data = exported(
         studio.engine,
         feature_selection="custom",
-        indices=[5, 3],
+        indices=[6, 3],
         include_explanations=False,
         include_histograms=False,
         include_logit_lens=False,
@@ -74,7 +89,7 @@ def test_what_was_not_asked_for_is_null(studio: Served) -> None:
         n_examples=0,
     )
     features = json.loads(data)["features"]
-    assert [each["index"] for each in features] == [3, 5]
+    assert [each["index"] for each in features] == [3, 6]
     for each in features:
         absent = ("label", "category", "labels", "histogram", "promoted", "suppressed", "top_tokens")
         assert not any(each[name] for name in absent) and each["examples"] == []
@@ -95,7 +110,7 @@ def test_a_dry_run_says_about_how_large_it_will_be(studio: Served) -> None:
 
 
 def test_the_download_is_a_file_over_rest(studio: Served) -> None:
-    record, data = exported(studio.engine, compress=True, feature_selection="custom", indices=[1])
+    record, data = exported(studio.engine, compress=True, feature_selection="custom", indices=[3])
     with studio.http(headers=studio.headers) as http:
         answer = http.get(
             f"/api/v1/neuronpedia/export/{record['slug']}/download", headers={"Accept-Encoding": "identity"}
@@ -113,7 +128,7 @@ def test_a_selection_that_would_be_ignored_is_refused(selection: dict[str, Any],
 
 
 def test_the_zip_is_still_there_and_is_not_compressed_twice(studio: Served) -> None:
-    job = completed(studio.engine, Export(sae="first", feature_selection="custom", indices=[1, 2]))
+    job = completed(studio.engine, Export(sae="first", feature_selection="custom", indices=[2, 3]))
     assert job.result is not None and job.result["format"] == "zip"
     assert studio.engine.call(DownloadExport(export=job.result["slug"])).media_type == "application/zip"
     with pytest.raises(ValueError, match="compress goes with format='json'"):

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from mistudio_engine.api.errors import BadInput, Forbidden, NotFound
+from mistudio_engine.api.errors import BadInput, Conflict, Forbidden, NotFound
+from mistudio_engine.api.events import Signal
 from mistudio_engine.api.operations import (
     Extract,
     GetDataset,
@@ -362,31 +363,83 @@ def test_cancelling_takes_effect_while_the_server_is_silent(engine: Engine) -> N
         assert time.monotonic() - began < 5
 
 
-def test_a_job_that_was_killed_does_not_ask_again_what_it_has_scored(engine: Engine) -> None:
-    """The work itself is left in the middle, as a kill leaves it, and begun again for the same job."""
-    some = labelled(engine, 5)
-    operation = ScoreLabels(**{**SMALL, "window": 17}, **BY_SERVER, features=some, methods=["detection"], n_parallel=1)
+# The life of a job
+
+
+def context_of(engine: Engine, operation: ScoreLabels, slug: str) -> JobContext:
+    """What a job of this operation is given, with what it settled when it was submitted."""
+    plan = engine.call(operation.model_copy(update={"dry_run": True})).plan
+    return JobContext(Job(slug=slug, operation="score_labels", plan=plan), engine.home / "jobs", engine.bus.publish)
+
+
+def result_of(work: Any) -> ScoringReport:
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            return end.value
+
+
+@pytest.mark.parametrize("stage", ["reading labels", "running held-out text", "looking for like features"])
+def test_it_stops_while_it_gets_ready(engine: Engine, stage: str) -> None:
+    operation = ScoreLabels(**SMALL)
+    work = REGISTRY.runs[ScoreLabels].function(operation, engine, context_of(engine, operation, "score-labels-stopped"))
+    fractions = []
+    with pytest.raises(StopIteration) as end:
+        while True:
+            progress = next(work)
+            fractions.append(progress.fraction)
+            if progress.stage == stage:
+                for _ in range(3):  # the queue says so at each step
+                    work.send(Signal.STOP)
+    report = end.value.value
+    assert (report.status, report.n_scored) == ("stopped", 0)
+    assert report.n_left == len(labelled(engine, 999)) > 0
+    assert fractions == sorted(fractions) and fractions[-1] < 0.2
+
+
+def test_getting_ready_is_done_in_small_steps_that_a_cancel_comes_between(engine: Engine) -> None:
+    operation = ScoreLabels(**{**SMALL, "n_tokens": 8192})
+    work = REGISTRY.runs[ScoreLabels].function(operation, engine, context_of(engine, operation, "score-labels-closed"))
+    stages = [next(work).stage for _ in range(10)]
+    assert stages.count("running held-out text") >= 4
+    work.close()
+    assert not any(
+        body.get("job") == "score-labels-closed"
+        for i in labelled(engine)
+        for body in label_of(engine, i).scores.values()
+    )
+
+
+def test_a_job_keeps_to_the_model_and_the_extraction_that_it_was_submitted_with(engine: Engine) -> None:
+    operation = ScoreLabels(**SMALL, provider="compatible", features=labelled(engine)[:1], methods=["detection"])
     run = REGISTRY.runs[ScoreLabels].function
-    context = JobContext(Job(slug="score-labels-killed", operation="score_labels"), engine.home / "jobs", print)
     with serve_llm(reader) as server:
         with_server(engine, server)
+        engine.call(SetSetting(key="labelling_model", value="agreed"))
+        context = context_of(engine, operation, "score-labels-agreed")
+        settled = context.settled
+        assert (settled["provider"], settled["model"]) == ("compatible", "agreed")
+        assert (settled["base_url"], settled["extraction"]) == (
+            server.openai_url,
+            engine.store.get(SAERecord, "first").extraction,
+        )
+        engine.call(SetSetting(key="labelling_model", value="another"))
+        engine.call(SetSetting(key="labelling_base_url", value="http://127.0.0.1:9/v1"))
+        report = result_of(run(operation, engine, context))
+        assert {request.model for request in server.requests} == {"agreed"}
+    assert report.scorer == "compatible/agreed"
+    assert context.job.plan is not None
+    context.job.plan.details["settled"] |= {"extraction": "deleted-meanwhile"}
+    with pytest.raises(Conflict, match="extraction/deleted-meanwhile, which this job works from, has been deleted"):
+        result_of(run(operation, engine, context))
 
-        def scored() -> list[int]:
-            bodies = {index: label_of(engine, index).scores for index in some}
-            return [i for i, body in bodies.items() if body.get("detection", {}).get("job") == "score-labels-killed"]
 
-        work = run(operation, engine, context)
-        until(lambda: next(work) and len(scored()) >= 2, "two scores")
-        work.close()
-        done = scored()
-        assert 2 <= len(done) < len(some)
-        server.requests.clear()
-        work = run(operation, engine, context)
-        while True:
-            try:
-                next(work)
-            except StopIteration as end:
-                report = end.value
-                break
-        assert len(server.requests) == (len(some) - len(done)) * 3 * 2
-    assert report.n_scored == len(some) and sorted(scored()) == sorted(some)
+def test_what_only_one_method_could_score_is_counted_with_its_reason(engine: Engine) -> None:
+    """All its decoder neighbours are dead or silent here: a pool of so few texts has none that they fire in."""
+    report = score(engine, negatives=["decoder"], n_tokens=256)
+    assert report.left_out["detection"]["too_few_negatives"] >= 1
+    assert any(each.get("method") == "detection" and "decoder ones" in each["detail"] for each in report.failed)
+    n_detected = report.balanced_accuracy["detection"].n if "detection" in report.balanced_accuracy else 0
+    assert n_detected + sum(report.left_out["detection"].values()) == report.n_scored
+    assert report.balanced_accuracy["fuzzing"].n == report.n_scored

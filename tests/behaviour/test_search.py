@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
 
-from mistudio_engine.api.errors import BadInput, EmptyData, MistudioError, NotFound
+from mistudio_engine.api.errors import BadInput, EmptyData, NotFound
 from mistudio_engine.api.features import FeaturePage, NeighbourPage
 from mistudio_engine.api.operations import (
+    DeleteExtraction,
+    DeleteSAE,
     Extract,
     FeaturesOnText,
     GetFeature,
@@ -24,24 +30,22 @@ from mistudio_engine.api.operations import (
     SetLabel,
     UseExtraction,
 )
-from mistudio_engine.api.operations.settings import SetSetting
 from mistudio_engine.api.records import SAERecord
 from mistudio_engine.handlers import REGISTRY
 from mistudio_engine.handlers.knowledge import Knowledge
-from mistudio_engine.handlers.search_index import index_features, settle
+from mistudio_engine.handlers.search_index import index_features
 from mistudio_engine.runtime.engine import Engine
+from mistudio_engine.runtime.feature_rows import Where
 from mistudio_engine.saes import load_sae
-from tests.behaviour.conftest import prepare
 from tests.behaviour.trainings import completed, train
-from tests.discovery.embedding_server import serve_embeddings
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def kept(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The data directory of a stopped engine with a labelled SAE, `first`, and one of another hook, `other`."""
     home = tmp_path_factory.mktemp("kept") / "home"
+    shutil.copytree(prepared, home)
     engine = started(home)
-    prepare(engine)
     completed(engine, train(name="other", hook_name="blocks.0.hook_resid_post"))
     completed(engine, Extract(sae="other", n_tokens=2048))
     engine.stop()
@@ -345,63 +349,6 @@ def test_pages_go_on_while_labels_are_written_and_a_new_extraction_ends_them_cle
     assert {row.index for row in search(engine, sae="first", mode="token", query="the").rows}
 
 
-def test_another_embedder_is_used_as_soon_as_its_index_is_made_and_words_until_then(engine: Engine) -> None:
-    assert search(engine, query="animals").mode == "hybrid"
-    with serve_embeddings(hold=threading.Event()) as server:
-        engine.call(SetSetting(key="ollama_base_url", value=server.url))
-        engine.call(SetSetting(key="embedder", value="ollama:tiny-embed"))
-        meanwhile = search(engine, query="animals")
-        assert (meanwhile.mode, meanwhile.embedder) == ("text", None)
-        assert "ollama:tiny-embed" in meanwhile.note
-        server.hold.set()
-        settle(engine)
-        page = search(engine, query="animals")
-        assert page.mode == "hybrid"
-        assert page.embedder.startswith("ollama:tiny-embed@")
-        index = some_feature(engine)
-        # Its vectors say nothing but whether two texts are one, which is what the label vector is asked here.
-        engine.call(SetLabel(feature=f"sae/first#{index}", label="written for the new one"))
-        found = search(engine, query="written for the new one", mode="meaning", sae="first")
-        assert "label 1.00" in next(row.why for row in found.rows if row.index == index)
-        engine.call(SetSetting(key="embedder", value=None))
-        settle(engine)
-    assert search(engine, query="animals").embedder == "all-MiniLM-L6-v2"
-
-
-def test_a_server_that_does_not_answer_a_query_costs_a_bounded_wait_and_words_are_compared(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("mistudio_engine.handlers.search_index.QUERY_SECONDS", 0.3)
-    with serve_embeddings() as server:
-        engine.call(SetSetting(key="ollama_base_url", value=server.url))
-        engine.call(SetSetting(key="embedder", value="ollama:tiny-embed"))
-        settle(engine)
-        assert search(engine, query="animals").mode == "hybrid"
-        server.hold = threading.Event()
-        page = search(engine, query="never asked before")
-        assert page.mode == "text"
-        assert "did not answer within 0.3 s" in page.note
-        with pytest.raises(MistudioError, match="did not answer"):
-            search(engine, query="nor this", mode="meaning")
-        server.hold.set()
-        engine.call(SetSetting(key="embedder", value=None))
-        settle(engine)
-
-
-def test_a_server_that_is_not_there_leaves_words_and_the_reason(engine: Engine) -> None:
-    with serve_embeddings() as server:
-        url = server.url
-    engine.call(SetSetting(key="ollama_base_url", value=url))
-    engine.call(SetSetting(key="embedder", value="ollama:tiny-embed"))
-    settle(engine)
-    page = search(engine, query="animals")
-    assert page.mode == "text"
-    assert "nobody listens" in page.note
-    index = some_feature(engine)
-    engine.call(SetLabel(feature=f"sae/first#{index}", label="kept all the same"))
-    assert search(engine, query="kept all the same", sae="first").rows[0].index == index
-
-
 def test_a_label_that_is_written_while_its_feature_is_indexed_stays_in_the_index(engine: Engine) -> None:
     with Knowledge.of(engine, "first") as known:
         steps = index_features(engine, known)
@@ -455,68 +402,93 @@ def test_an_sae_whose_extraction_is_damaged_does_not_keep_others_from_being_foun
         engine.stop()
 
 
-def test_an_index_made_anew_before_its_server_answers_has_meanings_once_it_does(kept: Path, tmp_path: Path) -> None:
-    home = tmp_path / "home"
-    shutil.copytree(kept, home)
-    with serve_embeddings() as server:
-        engine = started(home)
-        engine.call(SetSetting(key="ollama_base_url", value=server.url))
-        engine.call(SetSetting(key="embedder", value="ollama:tiny-embed"))
-        settle(engine)
-        assert search(engine, query="animals", mode="meaning").rows
+HOSTILE = [
+    *("'", '"', "' OR '1'='1", "x') OR contains(label, '", "%", "_", "\\", "(", "[a-", "*", "AND OR NOT", "label:the"),
+    *("\x00", "\u202e", "\u200b", "🐈", "👩\u200d👩\u200d👧", "\ud800", "東京", "حيوان", "x" * 1000, "the " * 250),
+]
+"""Queries that some engine of search takes for something else than text."""
+
+
+def test_any_text_is_a_query_and_a_filter_and_nothing_but_text(asked: Engine) -> None:
+    everything = search(asked, sae="first", limit=1, include_dense=True).total
+    for query in HOSTILE:
+        for mode in ("auto", "meaning", "text", "token", "promotes"):
+            with suppress(ValidationError):
+                found = search(asked, sae="first", query=query, mode=mode, include_dense=True)
+                assert found.total <= everything, (query, mode)
+        with suppress(ValidationError):
+            labels = [row.label for row in search(asked, sae="first", label=query[:200], limit=200).rows]
+            assert all(query[:200].lower() in label.lower() for label in labels), query
+            assert search(asked, sae="first", category=query).total == 0, query
+
+
+def test_a_cursor_that_somebody_made_up_is_refused(asked: Engine) -> None:
+    cursor = search(asked, sae="first", limit=5).next_cursor
+    said = json.loads(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
+    forged = [said[:3], {}, [[[]]], [*said[:1], -1, *said[2:]], [*said[:2], 10**30, said[3]]]
+    made_up = [json.dumps(each) for each in forged]
+    made_up += [f'["{said[0]}", Infinity, 5, "{said[3]}"]', "[" * 100_000, "null", ""]
+    for text in made_up:
+        with pytest.raises(BadInput, match="not a cursor"):
+            search(asked, sae="first", limit=5, cursor=base64.urlsafe_b64encode(text.encode()).decode() or "!")
+    for other in ([said[0], 10**6, *said[2:]], ["0" * 8, *said[1:]]):
+        cursor = base64.urlsafe_b64encode(json.dumps(other).encode()).decode()
+        with pytest.raises(BadInput, match="is gone"):
+            search(asked, sae="first", limit=5, cursor=cursor)
+    with pytest.raises(BadInput, match="another search"):
+        search(asked, sae="other", limit=5, cursor=search(asked, sae="first", limit=5).next_cursor)
+
+
+def test_words_of_a_long_query_that_are_not_looked_up_are_said(asked: Engine) -> None:
+    words = [f"w{number}" for number in range(17)]
+    for mode, said in (("text", "first 16 words"), ("auto", "first 16 words"), ("promotes", "first 16 tokens")):
+        assert said in search(asked, sae="first", query=" ".join(words), mode=mode).note
+        assert said not in search(asked, sae="first", query=" ".join(words[:16] * 2), mode=mode).note
+    assert "first 16" not in search(asked, sae="first", query=" ".join(words), mode="meaning").note
+
+
+def test_a_feature_without_a_direction_is_still_compared_by_its_meaning(kept: Path, tmp_path: Path) -> None:
+    shutil.copytree(kept, tmp_path / "home")
+    weights = tmp_path / "home" / "saes" / "first" / "sae_weights.safetensors"
+    tensors = load_file(weights)
+    engine = started(tmp_path / "home")
+    try:
+        index = some_feature(engine)
+        tensors["W_dec"][index] = 0
+        save_file(tensors, weights)
+        page = search(engine, like=f"sae/first#{index}", sae="first")
+        assert page.rows and all(row.why.startswith("close in meaning") for row in page.rows)
+        assert f"the decoder row of sae/first#{index} is zero" in page.note
+        with pytest.raises(BadInput, match="without a length"):
+            search(engine, like=f"sae/first#{index}", mode="decoder")
+    finally:
         engine.stop()
-        engine.embedder.close()
-        marker = home / "index" / "features.json"
-        marker.write_text(json.dumps(json.loads(marker.read_text()) | {"open": True}))  # as `kill -9` leaves it
-        server.hold = threading.Event()
-        again = started(home)
-        try:
-            assert search(again, query="the").mode == "text"
-            server.hold.set()
-            settle(again)
-            search(again, query="the")
-            settle(again)
-            assert search(again, query="animals", mode="meaning").rows
-        finally:
-            again.stop()
-            again.embedder.close()
 
 
-def test_a_server_is_asked_at_the_address_that_is_set_now(engine: Engine) -> None:
-    with serve_embeddings() as first, serve_embeddings() as second:
-        engine.call(SetSetting(key="ollama_base_url", value=first.url))
-        engine.call(SetSetting(key="embedder", value="ollama:tiny-embed"))
-        settle(engine)
-        assert search(engine, query="animals").embedder == f"ollama:tiny-embed@{first.url}"
-        engine.call(SetSetting(key="ollama_base_url", value=second.url))
-        settle(engine)
-        assert search(engine, query="animals").embedder == f"ollama:tiny-embed@{second.url}"
-        n_asked = len(first.inputs)
-        search(engine, query="never asked before")
-        assert len(first.inputs) == n_asked
-        engine.call(SetSetting(key="embedder", value=None))
-        settle(engine)
-
-
-def test_a_server_that_fails_costs_one_label_the_wait_and_none_its_meaning(
+def test_features_that_are_written_while_their_sae_is_deleted_do_not_come_back(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mistudio_engine.discovery.embedding_servers.FIRST_BACKOFF_SECONDS", 0.01)
-    index = some_feature(engine)
-    with serve_embeddings() as server:
-        engine.call(SetSetting(key="ollama_base_url", value=server.url))
-        engine.call(SetSetting(key="embedder", value="ollama:tiny-embed"))
-        settle(engine)
-        server.raw = b"{}"
-        engine.call(SetLabel(feature=f"sae/first#{index}", label="written while it fails"))
-        n_asked = len(server.inputs)
-        engine.call(SetLabel(feature=f"sae/first#{index}", label="written after it failed"))
-        assert len(server.inputs) == n_asked
-        server.raw = None
-        monkeypatch.setattr("mistudio_engine.handlers.search_index.RETRY_SECONDS", 0.0)
-        search(engine, query="animals")
-        settle(engine)
-        found = search(engine, query="written after it failed", mode="meaning", sae="first")
-        assert "label 1.00" in next(row.why for row in found.rows if row.index == index)
-        engine.call(SetSetting(key="embedder", value=None))
-        settle(engine)
+    """The writer is held where it has looked at the records and not written yet."""
+    upsert, here, go = engine.index.upsert, threading.Event(), threading.Event()
+
+    def late(*arguments: Any, **keywords: Any) -> int:
+        here.set()
+        assert go.wait(20)
+        return upsert(*arguments, **keywords)
+
+    monkeypatch.setattr(engine.index, "upsert", late)
+    extraction = engine.store.get(SAERecord, "other").extraction
+    for slug, delete in (("other", DeleteExtraction(extraction=extraction)), ("first", DeleteSAE(sae="first"))):
+        here.clear()
+        go.clear()
+        index = next(iter(Knowledge.of(engine, slug).alive()))
+        writing = threading.Thread(target=engine.call, args=(SetLabel(feature=f"sae/{slug}#{index}", label="late"),))
+        writing.start()
+        assert here.wait(20)
+        deleting = threading.Thread(target=engine.call, args=(delete,))
+        deleting.start()
+        deleting.join(0.5)
+        go.set()
+        writing.join(20)
+        deleting.join(20)
+        assert engine.index.count(Where(sae=slug)) == 0

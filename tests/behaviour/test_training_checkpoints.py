@@ -74,13 +74,13 @@ def by_hand(engine: Engine, record: TrainingRecord, root: Path) -> dict[str, Ten
     n_tokens, folder, made = 8192, None, None
     with language_model(engine, "tiny") as lm:
         for total in (n_tokens, n_tokens + MORE):
-            hp = Hyperparameters(**{**member["hyperparameters"], "n_tokens": total})
+            hp = Hyperparameters(**{**member.hyperparameters, "n_tokens": total})
             hook = record.hook_name
             source = LiveActivations(lm, packed, [hook], len(packed) - n_held_out)
             stream = ActivationStream(
-                source, [hook], batch_size=hp.batch_size, buffer_tokens=hp.buffer_tokens, seed=member["seed"]
+                source, [hook], batch_size=hp.batch_size, buffer_tokens=hp.buffer_tokens, seed=member.seed
             )
-            made = Member("sae", Trainer(parse_sae_config(member["config"]), hp, member["seed"]), hook)
+            made = Member("sae", Trainer(parse_sae_config(member.config), hp, member.seed), hook)
             if folder is not None:
                 stream.restore(restore_checkpoint(folder, [made]))
             drain(train_members([made], stream))

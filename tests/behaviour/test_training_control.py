@@ -46,7 +46,7 @@ from tests.behaviour.trainings import (
     until,
 )
 
-LONG = {"n_tokens": 153_600, "checkpoint_interval": 8192}
+LONG = {"n_tokens": 102_400, "checkpoint_interval": 8192}
 
 
 def test_a_training_that_was_paused_has_the_same_bits(engine: Engine) -> None:

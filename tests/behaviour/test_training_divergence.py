@@ -23,7 +23,7 @@ from mistudio_engine.api.records import Job, ModelRecord, SAERecord
 from mistudio_engine.runtime.engine import Engine
 from tests.behaviour.trainings import completed, ended, history, tensors, tensors_in, train, training_of
 
-WILD = {"lr": 0.99, "lr_warm_up_fraction": 0.0, "n_tokens": 131_072}
+WILD = {"lr": 0.99, "lr_warm_up_fraction": 0.0, "n_tokens": 65_536}
 """Weights that move by one a step; a TopK SAE cannot save itself by letting its features die."""
 
 
@@ -54,7 +54,7 @@ def test_an_explosion_ends_the_training_with_advice(engine: Engine, wild: Job) -
     assert "lower lr" in wild.error.fix and "last checkpoint is finite" in wild.error.fix
     record = training_of(engine, "wild")
     assert (record.status, record.saes) == ("failed", [])
-    assert record.members[0]["failure"]["what"] == wild.error.what
+    assert record.members[0].failure.what == wild.error.what
     assert not engine.store.exists(SAERecord, "wild")
     assert history(engine, "wild"), "what was measured until then is there"
 
@@ -79,8 +79,8 @@ def test_in_a_sweep_the_others_are_finished_and_the_record_says_which_failed(eng
     record = training_of(engine, "mixed")
     assert record.saes == ["mixed-tame", "mixed-other"]
     assert not engine.store.exists(SAERecord, "mixed-wild")
-    failures = {each["name"]: each["failure"] for each in record.members}
-    assert "training has diverged" in failures["wild"]["what"] and failures["wild"]["fix"]
+    failures = {each.name: each.failure for each in record.members}
+    assert "training has diverged" in failures["wild"].what and failures["wild"].fix
     assert (failures["tame"], failures["other"]) == (None, None)
     assert any(message.startswith("wild goes on no further.") for message in warnings(engine, job))
     assert job.result is not None and job.result["slug"] == "mixed-tame"
@@ -97,7 +97,7 @@ def test_in_a_sweep_the_others_are_finished_and_the_record_says_which_failed(eng
     completed(engine, ExtendTraining(training="mixed", n_tokens=8192))
     record = training_of(engine, "mixed")
     assert record.saes[-2:] == ["mixed-tame-2", "mixed-other-2"]
-    assert record.members[0]["failure"], "what failed once is not revived by more of the same"
+    assert record.members[0].failure, "what failed once is not revived by more of the same"
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def test_in_a_sweep_over_hooks_only_those_that_overflow_fail(engine: Engine, hot
     job = completed(engine, train(model=hot, name="half-hot", variants=variants))
     record = training_of(engine, "half-hot")
     assert record.saes == ["half-hot-cool"]
-    failures = {each["name"]: each["failure"] for each in record.members}
-    assert "mean norm is" in failures["hot"]["what"] and failures["cool"] is None
+    failures = {each.name: each.failure for each in record.members}
+    assert "mean norm is" in failures["hot"].what and failures["cool"] is None
     assert any("hot goes on no further" in message for message in warnings(engine, job))
     assert_finite_on_disk(engine, "half-hot")

@@ -314,5 +314,5 @@ def test_what_goes_together_may_be_said_half_in_the_call_and_half_in_the_variant
     said = http.post("/api/v1/trainings", json={**NO_K, **SHORT, **quadratic, "variants": variants, "name": "halves"})
     assert studio.engine.jobs.wait(said.json()["slug"], 60).state == "completed"
     members = studio.engine.store.get(TrainingRecord, "halves").members
-    settings = [(each["hyperparameters"]["target_l0"], each["hyperparameters"]["l0_coefficient"]) for each in members]
+    settings = [(each.hyperparameters["target_l0"], each.hyperparameters["l0_coefficient"]) for each in members]
     assert settings == [(5, 1.0), (20, 2.0)]

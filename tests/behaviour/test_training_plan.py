@@ -25,7 +25,7 @@ def plan_of(engine: Engine, operation: TrainSAE) -> Plan:
 
 
 def test_the_estimate_is_right_within_a_factor_of_four_and_then_measured(engine: Engine) -> None:
-    call = train(n_tokens=409_600, d_sae=320, batch_size=1024, buffer_tokens=16_384, eval_tokens=None)
+    call = train(n_tokens=204_800, d_sae=320, batch_size=1024, buffer_tokens=16_384, eval_tokens=None)
     before = plan_of(engine, call)
     assert before.seconds is not None
     assert before.details["rate_is"] == "estimated from this machine's speed"

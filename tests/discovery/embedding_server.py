@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -32,6 +32,9 @@ class EmbeddingServer:
     model: str = "tiny-embed"
     failures: list[tuple[int, str]] = field(default_factory=list)
     """Statuses and messages that are answered first, each once."""
+
+    vector_of: Callable[[str, int], list[float]] = vector_of
+    """What the model makes of a text."""
 
     raw: bytes | None = None
     """Sent in place of every answer."""
@@ -64,7 +67,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif state.raw is not None:
             self._send(200, state.raw)
         else:
-            vectors = [vector_of(text, state.dimension) for text in body["input"]]
+            vectors = [state.vector_of(text, state.dimension) for text in body["input"]]
             if is_openai:
                 data = [{"object": "embedding", "index": at, "embedding": each} for at, each in enumerate(vectors)]
                 usage = {"prompt_tokens": 1, "total_tokens": 1}

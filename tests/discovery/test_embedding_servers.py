@@ -41,7 +41,8 @@ def opened(request: pytest.FixtureRequest, server: EmbeddingServer, monkeypatch:
 
 
 def test_vectors_come_in_the_order_of_the_texts_at_length_one_in_batches(opened: Open, server: EmbeddingServer):
-    embedder = opened().ready()
+    embedder = opened()
+    embedder.embed(["dimension"])
     assert embedder.dimension == 12
     texts = [f"text {at}" for at in range(150)]
     vectors = embedder.embed(texts)
@@ -62,7 +63,7 @@ def test_what_fails_in_passing_is_tried_again_and_then_is_an_error(opened: Open,
 
 def test_an_unknown_model_is_said_at_once(opened: Open, server: EmbeddingServer):
     with pytest.raises(BadInput, match="no model 'other'"):
-        opened("other").ready()
+        opened("other").embed(["cat"])
     assert len(server.inputs) == 1
 
 
@@ -70,11 +71,12 @@ def test_an_unknown_model_is_said_at_once(opened: Open, server: EmbeddingServer)
 def test_an_answer_that_is_no_vectors_is_an_error_of_ours(opened: Open, server: EmbeddingServer, raw: bytes):
     server.raw = raw
     with pytest.raises((CorruptFile, Unreachable)):
-        opened().ready()
+        opened().embed(["cat"])
 
 
 def test_vectors_of_another_length_than_before_are_refused(opened: Open, server: EmbeddingServer):
-    embedder = opened().ready()
+    embedder = opened()
+    embedder.embed(["dimension"])
     server.dimension = 5
     with pytest.raises(CorruptFile, match=r"\(1, 5\), not \(…, 12\)"):
         embedder.embed(["cat"])
@@ -89,7 +91,7 @@ def test_a_refused_key_is_not_repeated_in_the_error(server: EmbeddingServer):
         redact=lambda text: text.replace("sk-wrong-0123456789", "[secret]"),
     )
     with pytest.raises(MistudioError) as caught:
-        embedder.ready()
+        embedder.embed(["cat"])
     assert "refused the key" in str(caught.value)
     assert "sk-wrong" not in str(caught.value)
     embedder.close()
@@ -102,12 +104,13 @@ def test_nobody_listening_is_said_within_seconds(opened: Open, server: Embedding
         url = gone.url
     embedder = OllamaEmbedder("tiny-embed", base_url=url)
     with pytest.raises(Unreachable, match="nobody listens"):
-        embedder.ready()
+        embedder.embed(["cat"])
     embedder.close()
 
 
 def test_an_embedder_that_somebody_closed_says_so(opened: Open):
-    embedder = opened().ready()
+    embedder = opened()
+    embedder.embed(["dimension"])
     embedder.close()
     with pytest.raises(Unreachable, match="not asked any more"):
         embedder.embed(["cat"])

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mistudio_engine.api.errors import BadInput, Conflict, CorruptFile, EmptyData, NotFound, UnknownHook
 from mistudio_engine.api.events import Signal
-from mistudio_engine.discovery import activation_block, examples, extraction_reader, extraction_writer
+from mistudio_engine.discovery import activation_block, examples, extraction_reader, extraction_writer, top_tokens
 from mistudio_engine.discovery.extraction import extract, load_extraction, working_bytes
 from mistudio_engine.discovery.histogram import LOG_EDGES
 
@@ -120,6 +120,21 @@ def test_every_number_of_every_feature_equals_the_dense_computation(planted, tmp
     for f in range(table.shape[1]):
         found = [(e.context, e.position, e.value) for e in store.examples(f, "top")]
         assert found == dense.top(f, 6)
+
+
+def test_where_tokens_were_dropped_it_is_said_how_far_off_a_count_can_be(planted, tmp_path, small_blocks, monkeypatch):
+    table, ids, n_real = random_case(18)
+    lm, sae = planted(table)
+    monkeypatch.setattr(top_tokens, "_MERGE_AT", 1)
+    monkeypatch.setattr(top_tokens.TopTokens.__init__, "__defaults__", (60,))
+    store, _ = drain(extract(lm, sae, packed(ids, len(table), n_real), HOOK, tmp_path / "x"))
+    dense = Dense(table, ids, n_real)
+    off = []
+    for f in range(table.shape[1]):
+        truth, found = dense.tokens(f), {each.token_id: each.count for each in store.top_tokens(f)}
+        off.append(max((len(truth[token]) - found.get(token, 0) for token in truth), default=0))
+        assert off[-1] <= store.feature(f).undercount
+    assert any(off) and store.feature(2).undercount == 0, "the one token of a feature is never dropped"
 
 
 def test_the_same_numbers_come_out_of_one_block_and_of_many(planted, tmp_path, monkeypatch):

@@ -15,7 +15,14 @@ from test_extraction import Dense, random_case
 
 from mistudio_engine.api.errors import BadInput, NotFound
 from mistudio_engine.api.events import Signal
-from mistudio_engine.discovery import coactivation, extraction, extraction_reader, extraction_writer
+from mistudio_engine.discovery import (
+    coactivation,
+    context_store,
+    extraction,
+    extraction_reader,
+    extraction_store,
+    extraction_writer,
+)
 from mistudio_engine.discovery.extraction import ExtractionSettings, Target, extract, extract_together, load_extraction
 
 FILES = ("features.parquet", "examples.parquet", "contexts.arrow")
@@ -63,6 +70,28 @@ def test_a_run_that_is_killed_at_any_step_ends_with_the_bits_of_an_undisturbed_o
         if n_steps > 200:
             assert seen[0].n_tokens > 0, "it goes on where it was"
     assert n_steps > 200
+
+
+def test_writing_and_hashing_go_in_small_steps_and_make_no_difference(planted, tmp_path, monkeypatch):
+    table, ids, n_real = random_case(4)
+    lm, sae = planted(table)
+    tokens = packed(ids, len(table), n_real)
+    whole, before = drain(extract(lm, sae, tokens, HOOK, tmp_path / "whole"))
+    monkeypatch.setattr(context_store, "IDS_PER_BATCH", 3 * ids.shape[1])
+    for module in (extraction, extraction_store):
+        monkeypatch.setattr(module, "HASHED_AT_ONCE", 128)
+    pieces, after = drain(extract(lm, sae, tokens, HOOK, tmp_path / "pieces"))
+    n_batches = -(-len(ids) // 3)
+    n_hashed = sum(-(-(tmp_path / "pieces" / name).stat().st_size // 128) for name in FILES)
+    assert len(after) - len(before) >= n_batches - 1 + n_hashed - len(FILES)
+    assert pieces.info.provenance == whole.info.provenance
+    assert all(hashes(tmp_path / "pieces")[name] == hashes(tmp_path / "whole")[name] for name in FILES[:2])
+    pieces.verify()
+    for f in range(table.shape[1]):
+        for one, other in zip(pieces.examples(f), whole.examples(f), strict=True):
+            assert (
+                one.token_ids.tolist() == other.token_ids.tolist() == ids[one.context, : n_real[one.context]].tolist()
+            )
 
 
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(planted, tmp_path):
@@ -238,7 +267,10 @@ def test_tokens_and_positions_that_are_left_out_count_nowhere(planted, tmp_path)
         assert not {token.token_id for token in store.top_tokens(f)} & set(left_out)
         assert all(example.position >= 3 for example in store.examples(f, "top"))
         assert {example.n_left_out for example in store.examples(f)} == {3}
-        assert all(e.n_left_out == max(0, 3 - e.start) for e in store.examples(f, window=2))
+        for e in store.examples(f, window=2):
+            assert e.n_left_out == max(0, 3 - e.start)
+            shown = slice(e.start, e.start + len(e.token_ids))
+            assert (e.counted & (e.token_ids > 1)).tolist() == mask[e.context, shown].tolist()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from sklearn.decomposition import PCA
@@ -9,7 +12,8 @@ from sklearn.manifold import trustworthiness
 from sklearn.metrics import silhouette_score
 
 from mistudio_engine.api.errors import BadInput, CorruptFile, NotFound, WrongShape
-from mistudio_engine.discovery.feature_map import Layout, lay_out, read_map, write_map
+from mistudio_engine.discovery.feature_map import Layout, lay_out
+from mistudio_engine.discovery.map_store import read_map, write_map
 
 
 def planted(seed=0, *, n_clusters=5, n=24, d=32, noise=0.15):
@@ -102,6 +106,11 @@ def test_vectors_of_one_number_have_a_map(method):
 def test_what_cannot_be_mapped_is_refused(vectors, settings, error, match):
     with pytest.raises(error, match=match):
         lay_out(vectors, **settings)
+
+
+def test_the_process_that_lays_out_loads_no_torch():
+    code = "import sys, mistudio_engine.discovery.feature_map; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_a_map_is_read_as_it_was_written(tmp_path):

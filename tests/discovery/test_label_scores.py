@@ -31,7 +31,7 @@ from mistudio_engine.discovery.labelling.negatives import (
     negatives,
     pool_contexts,
 )
-from mistudio_engine.discovery.labelling.passages import positives
+from mistudio_engine.discovery.labelling.passages import Copies, Passage, positives
 from mistudio_engine.discovery.labelling.rule_judge import RuleJudge, derived_rule
 from mistudio_engine.discovery.labelling.rules import Following, TokenSet
 from mistudio_engine.discovery.labelling.scoring import (
@@ -42,6 +42,7 @@ from mistudio_engine.discovery.labelling.scoring import (
     Claim,
     method_score,
     trials,
+    why_unscored,
 )
 from mistudio_engine.discovery.labelling.token_pattern import TokenPatternLabeller
 
@@ -263,6 +264,41 @@ def test_texts_that_share_rare_words_are_like_each_other_and_common_words_count_
     assert float(np.abs(vectors[:2] @ vectors[31]).max()) < 0.3
 
 
+def passage(ids, start=0, kind=None, context=0):
+    ids = np.array(ids, dtype=np.int32)
+    return Passage(context, start, ids, np.full(len(ids) - start, kind is None, dtype=np.float32), kind)
+
+
+def test_a_text_is_shown_once_and_never_if_the_label_was_made_from_it():
+    page = np.arange(100, 164, dtype=np.int32)
+    copies = Copies([page, np.array([7, 8, 9], dtype=np.int32)])
+    other = np.arange(1000, 1064, dtype=np.int32)
+    assert copies.take(passage(other, 32))
+    assert not copies.take(passage([5, *other], 33, kind="random")), "the same 32 tokens after something else"
+    assert not copies.take(passage(page[10:50], 8)), "from the middle of a context that was explained"
+    assert not copies.take(passage([*other[:16], *page[:16]], 0)), "half of it is a copy"
+    assert copies.take(passage([*other[:20], *page[:12]], 0)), "a dozen words may be the same"
+    assert not copies.take(passage([7, 8, 9], 0)) and copies.take(passage([8, 9, 7], 0))
+    assert copies.n_refused == 4
+
+
+def test_bytes_of_neighbouring_ids_are_not_taken_for_a_copy():
+    shifted = np.frombuffer(np.array([0x01020304] * 9, dtype="<i4").tobytes()[1:-3], dtype="<i4")
+    explained = np.array([0x01020304] * 9, dtype="<i4")
+    assert shifted.tobytes() in explained.tobytes()
+    assert Copies([explained]).take(passage(shifted, 0))
+
+
+def test_negatives_are_no_copies_of_what_was_shown(world):
+    everything = [world.pool.passage(number, "random") for number in range(len(world.pool))]
+    copies = Copies()
+    for each in everything[:-20]:
+        copies.take(each)
+    found = negatives(world.pool, 9, [], 40, ("random",), copies=copies)
+    last = {(each.context, each.start) for each in everything[-20:]}
+    assert {(each.context, each.start) for each in found} == last
+
+
 # Items
 
 
@@ -338,6 +374,127 @@ def test_a_feature_that_is_never_silent_is_judged_by_fuzzing_alone(world):
     assert isinstance(never, Unscorable) and never.reason == "too_few_negatives"
 
 
+SILENT, RARE, EVERYWHERE = 2, (3, 4, 5, 6, 7), 5
+"""Feature k of five fires on token 3 + k, which stands in k + 1 held-out contexts, and feature 5 on every token."""
+
+
+@pytest.fixture
+def sparse(planted, tmp_path):
+    """Features with next to nothing to be scored on."""
+    table = torch.zeros(D_VOCAB, 7)
+    for feature, token_id in enumerate(RARE):
+        table[token_id, feature] = 1.0
+    table[2:, EVERYWHERE] = 1.0
+    lm, sae = planted(table)
+    ids = torch.randint(10, D_VOCAB, (120, SIZE), generator=torch.Generator().manual_seed(0))
+    ids[:, 0] = 0
+    held_out = [context for context in range(120) if is_held_out(context)]
+    explained = [context for context in range(120) if not is_held_out(context)]
+    for feature, token_id in enumerate(RARE):
+        ids[held_out[: feature + 1], 5 + feature] = token_id
+        ids[explained[:3], 5 + feature] = token_id
+    tokens = packed(ids, D_VOCAB)
+    store, _ = drain(extract(lm, sae, tokens, HOOK, tmp_path / "extraction"))
+    contexts = pool_contexts(120, 60)
+    pool = Pool(tokens, contexts, WINDOW, [firing(lm, sae, HOOK, tokens, contexts, WINDOW)])
+    return SimpleNamespace(store=store, pool=pool, tokens=tokens, labeller=TokenPatternLabeller(STRINGS, (0, 1)))
+
+
+@pytest.mark.parametrize("feature", range(5))
+def test_a_handful_of_examples_is_scored_with_a_wide_interval_or_refused_with_their_number(sparse, feature):
+    found = maker_of(sparse, {feature: "x"}).case(feature)
+    n_held_out = feature + 1
+    if n_held_out < 4:
+        assert isinstance(found, Unscorable) and found.reason == "too_few_examples"
+        assert found.detail == f"It fires in {n_held_out} held-out examples, and 4 are needed."
+        return
+    judge = ChatJudge(Reader(), STRINGS)
+    found = Case(feature, 1, {LABEL: Claim(WORDS[RARE[feature] - 2])}, found.rounds, found.left_out)
+    for method in ("detection", "fuzzing"):
+        score = scored(found, judge, method)
+        assert (score.balanced_accuracy, score.n_positive, score.n_negative) == (1, n_held_out, n_held_out)
+        assert 0.4 < score.low < 0.85, "four right answers are no certainty"
+
+
+def test_a_feature_that_fires_on_every_token_has_neither_silent_texts_nor_silent_tokens(sparse):
+    found = maker_of(sparse, {EVERYWHERE: "x"}).case(EVERYWHERE)
+    assert isinstance(found, Unscorable) and found.reason == "too_few_negatives"
+    assert found.detail == f"It is silent in 0 of the {len(sparse.pool)} texts, and 4 are needed."
+    fuzzing = maker_of(sparse, {EVERYWHERE: "x"}, methods=("fuzzing",)).case(EVERYWHERE)
+    assert isinstance(fuzzing, Unscorable) and fuzzing.reason == "too_few_silent_tokens"
+    assert "In 0 of 12 texts with it there is a token on which it is silent; 4 are needed." in fuzzing.detail
+
+
+def test_dead_decoder_neighbours_leave_detection_out_and_the_case_says_so(sparse):
+    maker = maker_of(sparse, {4: "x"}, kinds=("decoder",), neighbours={4: [6]})
+    case = maker.case(4)
+    assert set(case.rounds) == {"fuzzing"}
+    reason, detail = case.left_out["detection"]
+    assert reason == "too_few_negatives"
+    assert f"of the {len(sparse.pool)} texts; 0 of them are decoder ones that are no copies, and 4" in detail
+
+
+def test_held_out_copies_of_what_was_explained_are_no_examples(planted, tmp_path):
+    """A page that stands thirty times in the dataset, in both halves: nothing of it is held out."""
+    table = torch.zeros(D_VOCAB, 2)
+    table[3, 0] = 1.0
+    lm, sae = planted(table)
+    ids = torch.randint(10, D_VOCAB, (60, SIZE), generator=torch.Generator().manual_seed(0))
+    ids[:30] = ids[0].clone()
+    ids[:30, 20] = 3
+    tokens = packed(ids, D_VOCAB)
+    store, _ = drain(extract(lm, sae, tokens, HOOK, tmp_path / "extraction"))
+    contexts = pool_contexts(60, 60)
+    pool = Pool(tokens, contexts, WINDOW, [firing(lm, sae, HOOK, tokens, contexts, WINDOW)])
+    world = SimpleNamespace(store=store, pool=pool, labeller=TokenPatternLabeller(STRINGS, (0, 1)))
+    n_held_out = sum(each.value > 0 for each in gather_evidence(store, 0).score)
+    assert n_held_out >= 4
+    found = maker_of(world, {0: "x"}).case(0)
+    assert isinstance(found, Unscorable) and found.reason == "too_few_examples"
+    assert f"{n_held_out} of them are copies" in found.detail
+
+
+def test_a_label_from_other_contexts_is_not_scored_on_what_those_showed(sparse, planted, tmp_path):
+    """The same text cut into contexts of another length: what is held out here was explained there."""
+    ids = sparse.tokens.ids
+    halves = packed(ids.reshape(240, SIZE // 2), D_VOCAB)
+    table = torch.zeros(D_VOCAB, 7)
+    table[10, 0] = 1.0
+    lm, sae = planted(table)
+    there, _ = drain(extract(lm, sae, halves, HOOK, tmp_path / "there"))
+    here, _ = drain(extract(lm, sae, sparse.tokens, HOOK, tmp_path / "here"))
+    explained = {each.token_ids.tobytes() for each in gather_evidence(there, 0).explain}
+
+    def shown(source):
+        labels = {0: Labelled("x", 1, True, source)}
+        maker = CaseMaker(here, labels, sparse.pool, sparse.labeller.lexicon, methods=("fuzzing",), special_ids=[0, 1])
+        found = maker.case(0)
+        return (
+            []
+            if isinstance(found, Unscorable)
+            else [trial.passage for part in found.rounds["fuzzing"] for trial in part]
+        )
+
+    def leaks(passages):
+        return [each for each in passages if any(each.token_ids.tobytes() in text for text in explained)]
+
+    assert leaks(shown(None)), "without knowing of it the same words are shown again"
+    assert shown(there) and not leaks(shown(there))
+
+
+def test_tokens_that_the_extraction_left_out_are_not_marked_as_silent(world):
+    shown = positives(gather_evidence(world.store, 0).score, 20, SIZE, seed=0)
+    left_out = [each._replace(counted=np.arange(len(each.token_ids)) >= 20) for each in shown]
+    wrong = [trial for part in trials("fuzzing", left_out, []) for trial in part if not trial.truth]
+    assert wrong and all((trial.marked >= 20).all() for trial in wrong)
+
+
+def test_a_passage_in_which_it_fires_on_no_text_shows_nothing(world):
+    examples = gather_evidence(world.store, 0).score
+    assert positives(examples, 12, WINDOW, seed=0)
+    assert positives(examples, 12, WINDOW, seed=0, special_ids=ANIMALS) == []
+
+
 # Judges
 
 
@@ -401,6 +558,18 @@ def test_unreadable_answers_raise_the_failure_rate_and_nothing_else(world):
     assert score.n_positive + score.n_negative == 16, "of 32 items, those that were answered"
 
 
+def test_a_small_lead_is_said_to_be_maybe_chance(world):
+    def mostly(verdicts, question):
+        if claimed(question) == "cat, dog, horse":
+            verdicts = [False, *verdicts[1:]] if verdicts[0] else verdicts
+        return json.dumps({"verdicts": verdicts})
+
+    claims = {LABEL: Claim("cat, dog, horse"), OTHER_LABEL: Claim("road", feature=4), TOP_TOKEN: Claim("cat, dog")}
+    score = scored(case_of(world, n=16, claims=claims), ChatJudge(Reader(mostly), STRINGS))
+    assert score.beats_baselines is True and score.baselines[TOP_TOKEN].lead_low <= 0 < score.baselines[TOP_TOKEN].lead
+    assert score.verdict.endswith("The lead over its top token alone may be chance.")
+
+
 def test_a_judge_that_says_nothing_readable_gives_no_score(world):
     assert scored(case_of(world), ChatJudge(Reader(lambda *_: "I think that"), STRINGS)) is None
 
@@ -422,6 +591,92 @@ def test_refusals_count_as_unreadable_and_lost_questions_as_unanswered(world):
     assert (score.n_questions, score.n_unparsed, score.n_unanswered) == (8, 2, 2)
     assert score.parse_failure_rate == pytest.approx(2 / 6)
     assert score.balanced_accuracy == 1
+
+
+class Rambling(Reader):
+    """Thinks aloud before it answers, and is cut off where there is no room for that."""
+
+    def __init__(self, n_tokens):
+        super().__init__()
+        self.n_tokens = n_tokens
+
+    async def ask(self, question):
+        answer = await super().ask(question)
+        if question.max_tokens < self.n_tokens:
+            raise NoAnswer("cut_off", "it had no room", answer=Answer("Let me think: ", "m", 100, question.max_tokens))
+        return answer
+
+
+def test_a_judge_that_is_cut_off_is_given_more_room_and_its_answers_count_once(world):
+    reader = Rambling(1500)
+    score = scored(case_of(world, n=16, claims={LABEL: Claim("cat, dog, horse")}), ChatJudge(reader, STRINGS))
+    assert score.balanced_accuracy == 1
+    assert (score.n_questions, score.n_unparsed, score.n_unanswered) == (4, 0, 0)
+    rooms = Counter(question.max_tokens for question in reader.questions)
+    assert len(rooms) > 2 and sum(n for room, n in rooms.items() if room >= 1500) == 8, "each question once in the end"
+    assert score.n_prompt_tokens > 400, "what was cut off has cost something, too"
+
+
+def test_a_judge_that_never_comes_to_the_point_is_unreadable_and_the_reason_is_kept(world):
+    reader = Rambling(1_000_000)
+    case = case_of(world, n=16)
+    judge = ChatJudge(reader, STRINGS, n_shown=50)
+    judged = next(each for each in judge.judge_all([case]) if each is not None)
+    assert max(question.max_tokens for question in reader.questions) <= 4096
+    assert judged.verdicts["detection", LABEL].n_unparsed == 1
+    said = why_unscored(judged, "detection")
+    assert said.startswith("Of 1 questions 1 were answered unreadably and 0 not at all (1 × cut off)")
+    assert "0 of 16 items with it and 0 of 16 items without it have an answer, and 4 of each are needed" in said
+    n_asked = len(reader.questions)
+    assert list(judge.judge_all([case]))
+    assert len(reader.questions) - n_asked == 9, "it has learned that there is no use in less room"
+
+
+class Picky(Reader):
+    """Does not answer some of the questions on each claim."""
+
+    def __init__(self, skipped):
+        super().__init__()
+        self.skipped, self.numbers = skipped, Counter()
+
+    async def ask(self, question):
+        claim = claimed(question)
+        number, self.numbers[claim] = self.numbers[claim], self.numbers[claim] + 1
+        answer = await super().ask(question)
+        return answer._replace(text="no") if number in self.skipped.get(claim, ()) else answer
+
+
+def test_a_lead_is_of_the_items_that_were_answered_for_both(world):
+    """Against a count by hand; the label misses its first quarter of the items, the top token its last."""
+    case = case_of(world, n=16, methods=("detection",))
+    judge = ChatJudge(Picky({"cat, dog, horse": {0, 1}, "cat": {6, 7}}), STRINGS, n_shown=4)
+    judged = next(each for each in judge.judge_all([case]) if each is not None)
+    facts = {"scorer": judge.id, "job": "j", "extraction": "e", "similar_by": None, "seed": 0}
+    score = method_score(judged, "detection", **facts)
+    truth = [trial.truth for part in case.rounds["detection"] for trial in part]
+    label, top = (judged.verdicts["detection", name].answers for name in (LABEL, TOP_TOKEN))
+    both = [i for i in range(32) if label[i] is not None and top[i] is not None]
+    assert both == list(range(8, 24))
+
+    def by_hand(answers, items):
+        sides = [[answers[i] == truth[i] for i in items if truth[i] is side] for side in (True, False)]
+        return sum(sum(side) / len(side) for side in sides) / 2
+
+    baseline = score.baselines[TOP_TOKEN]
+    assert baseline.n_paired == 16
+    assert baseline.lead == pytest.approx(by_hand(label, both) - by_hand(top, both), abs=1e-12)
+    assert baseline.balanced_accuracy == pytest.approx(by_hand(top, range(24)))
+    assert baseline.lead_low <= baseline.lead <= baseline.lead_high
+    assert score.baselines[OTHER_LABEL].n_paired == 24
+
+
+def test_without_items_in_common_there_is_no_lead(world):
+    case = case_of(world, n=16, methods=("detection",))
+    score = scored(case, ChatJudge(Picky({"cat, dog, horse": range(4), "cat": range(4, 8)}), STRINGS, n_shown=4))
+    top = score.baselines[TOP_TOKEN]
+    assert top.balanced_accuracy is not None and (top.n_paired, top.lead, top.lead_low) == (0, None, None)
+    assert score.beats_baselines is None
+    assert score.verdict == "It could not be compared with its top token alone."
 
 
 def test_an_error_that_concerns_every_question_is_raised(world):

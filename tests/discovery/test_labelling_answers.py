@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
+from mistudio_engine.api.operations import SetLabel
 from mistudio_engine.discovery.labelling.answers import LONGEST_LABEL, NotALabel, Written, read_label
 
 
@@ -52,7 +56,8 @@ def test_a_label_is_found_in_what_stands_around_it(text):
         (written("x" * (LONGEST_LABEL + 1)), "too_long"),
         (written(""), "no_pattern"),
         (written(" \u202e\u200b "), "no_pattern"),
-        (written("N/A"), "no_pattern"),
+        (written("N/A", ""), "no_pattern"),
+        (written("mixed", "Various > Unknown"), "no_pattern"),
         (written("could not be parsed"), "no_pattern"),
     ],
     ids=lambda value: str(value)[:20],
@@ -80,6 +85,18 @@ def test_to_see_nothing_is_an_answer_and_not_to_be_pressed():
         (".", "."),
         ("?!", "?!"),
         ("кошки", "кошки"),
+        ("null", "null"),
+        ("Error", "Error"),
+        ("“mixed”", "mixed"),
+        ('names such as "Tom"', 'names such as "Tom"'),
+        ('"Tom" and "Tim"', '"Tom" and "Tim"'),
+        ("'tis", "'tis"),
+        ("***", "***"),
+        ("می\u200cخواهم", "می\u200cخواهم"),
+        ("क्\u200dष", "क्\u200dष"),
+        ("👩🏽\u200d💻 and ❤️\u200d🔥", "👩🏽\u200d💻 and ❤️\u200d🔥"),
+        ("c\u200dats\u200c and \u200ddogs", "cats and dogs"),
+        ("می\u202e\u2066\u200bخواهم", "می خواهم"),
     ],
 )
 def test_a_label_is_one_line_of_plain_characters(label, kept):
@@ -98,6 +115,9 @@ def test_a_label_is_one_line_of_plain_characters(label, kept):
         (" > ".join("ABCDEFGH"), "A > B > C > D > E"),
         ("x" * 100, "x" * 60),
         ("A\n>\u202eB", "A > B"),
+        ("Code > Error", "Code > Error"),
+        ("“Code” > `null`", "Code > null"),
+        ("unknown > none", ""),
     ],
 )
 def test_a_category_is_a_path_of_a_few_names(category, kept):
@@ -111,5 +131,27 @@ def test_whatever_is_answered_what_is_kept_is_printable_and_short(text):
         read = read_label(answer)
         if isinstance(read, Written):
             assert read.label and len(read.label) <= LONGEST_LABEL
-            assert all(each.isprintable() for each in read)
+            assert all(re.sub("(?<=\\S)[\u200c\u200d](?=\\S|$)", "", each).isprintable() for each in read)
             assert len(read.category) <= 5 * 60 + 4 * 3
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(written(each * 500_000) for each in "*'` \u200cx"),
+        *(written("cats", each * 500_000) for each in (">", "* ", '"')),
+        *("{" * 500_000, '{"a":' * 200_000, "[" * 500_000, '{"label": ' + "9" * 500_000 + "}"),
+    ],
+    ids=lambda text: text[-40:][:10],
+)
+def test_half_a_megabyte_of_anything_is_read_at_once(text):
+    began_at = time.monotonic()
+    read_label(text)
+    assert time.monotonic() - began_at < 0.5
+
+
+def test_a_persons_label_is_held_to_the_same_characters():
+    assert SetLabel(feature="sae/first#1", label=" می\u200cخواهم ").label == "می\u200cخواهم"
+    for label in ("cats\u202egnp", "c\u200dats", "a\0b"):
+        with pytest.raises(ValidationError, match="control characters"):
+            SetLabel(feature="sae/first#1", label=label)

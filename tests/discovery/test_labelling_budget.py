@@ -110,3 +110,47 @@ def test_without_prices_nothing_is_counted():
     budget = Budget()
     asyncio.run(many(budget))
     assert budget.spent == 0
+
+
+@pytest.mark.parametrize("cap", [0.05, None])
+def test_what_goes_out_is_noted_before_it_does_and_not_each_time(cap):
+    noted: list[float] = []
+    budget = Budget(PRICES, cap, spent=0.001, note=noted.append)
+
+    async def worker(n: int) -> None:
+        for _ in range(n):
+            try:
+                hold = await budget.hold(QUESTION)
+            except BudgetReached:
+                return
+            assert noted[-1] >= budget.spent + budget.held, "a kill now forgets nothing"
+            await asyncio.sleep(0)
+            await budget.settle(hold, answer(250, 100), maybe_billed=True)
+
+    async def many() -> None:
+        await asyncio.gather(*(worker(40) for _ in range(4)))
+
+    asyncio.run(many())
+    assert noted == sorted(noted) and len(noted) < 40
+    if cap is not None:
+        assert budget.spent > cap * 0.95 and noted[-1] <= cap, "what is noted ahead is no more than there is"
+
+
+def test_a_server_that_counts_more_than_it_may_is_noted_too():
+    noted: list[float] = []
+
+    async def once(budget: Budget) -> None:
+        await budget.settle(await budget.hold(QUESTION), answer(1_000_000, 100))
+
+    budget = Budget(PRICES, cap=0.01, note=noted.append)
+    asyncio.run(once(budget))
+    assert noted[-1] == budget.spent > 1
+
+
+def test_an_answer_whose_words_were_not_counted_is_charged_with_all_that_it_may_have():
+    async def once(budget: Budget, reply: Answer) -> float:
+        await budget.settle(await budget.hold(QUESTION), reply)
+        return budget.spent
+
+    assert asyncio.run(once(Budget(PRICES), Answer("words", "", 250, 0))) == PRICES.usd(250, 100)
+    assert asyncio.run(once(Budget(PRICES), Answer("", "", 250, 0))) == PRICES.usd(250, 0)

@@ -72,8 +72,17 @@ def test_a_question_is_asked_with_its_schema_and_answered_with_the_usage(protoco
         GARBAGE,
         Reply(raw=b'{"message"'),
         Reply(raw=b"{}"),
+        Reply(raw=b"[1, 2]"),
+        Reply(raw=b"null"),
+        Reply(raw=b"[" * 100_000 + b"]" * 100_000),
+        Reply(raw=b'{"choices": [{"message": {"content": 7}}], "message": {"content": 7}}'),
+        Reply(raw=b'{"choices": [{"message": {"content": [7]}}], "message": {"content": [7]}}'),
+        Reply(raw=b'{"choices": [{"message": "cats"}], "message": "cats"}'),
     ],
-    ids=["429", "500", "502", "503", "529", "cut", "html", "torn", "empty envelope"],
+    ids=[
+        *("429", "500", "502", "503", "529", "cut", "html", "torn", "empty envelope"),
+        *("list", "null", "deep", "number", "list of numbers", "no message"),
+    ],
 )
 def test_what_passes_is_asked_again(protocol, fault):
     with serve_llm(script(fault, fault, {"label": "cats"})) as server:
@@ -99,10 +108,68 @@ def test_a_server_is_left_alone_for_as_long_as_it_asks(protocol, status):
         (None, "250", 0.25),
         (None, None, None),
         ("soon", None, None),
+        ("nan", None, 0),
+        ("31536000", None, 31536000),
+        ("Mon, 01 Jan 0001 00:00:00 -0000", None, 0),
+        ("Mon, 01 Jan 99999 00:00:00 GMT", None, None),
     ],
 )
 def test_how_long_a_server_asks_for(value, milliseconds, seconds):
     assert retry_after_seconds(value, milliseconds) == seconds
+
+
+def test_a_server_that_asks_for_a_year_is_asked_again_after_minutes():
+    chat = patient(OpenAIServer("m", base_url="http://127.0.0.1:9/v1", api_key=KEY))
+    assert chat._wait_seconds(1, 31536000.0) < 310 and chat._wait_seconds(1, float("inf")) < 310
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [
+        None,
+        [],
+        "many",
+        {"prompt_tokens": -5, "completion_tokens": -1},
+        {"prompt_tokens": "12", "completion_tokens": True},
+        {"prompt_tokens": 1e9, "completion_tokens": 10**30},
+    ],
+    ids=["none", "list", "word", "negative", "other types", "huge"],
+)
+def test_what_is_no_count_of_tokens_is_taken_for_none_and_the_answer_counts(usage):
+    envelope = {"model": "m", "choices": [{"message": {"content": "cats"}}], "usage": usage}
+    with serve_llm(lambda request: Reply(raw=json.dumps(envelope).encode())) as server:
+        assert ask("openai", server) == Answer("cats", "m", 0, 0)
+
+
+def test_ollamas_counts_are_not_believed_either():
+    with serve_llm(lambda request: Reply("cats", n_prompt_tokens=-5, n_completion_tokens=10**12)) as server:
+        assert ask("ollama", server) == Answer("cats", "m", 0, 0)
+
+
+def test_an_answer_in_parts_is_put_together():
+    parts = [{"type": "text", "text": "ca"}, {"type": "text", "text": "ts"}]
+    envelope = {"choices": [{"message": {"content": parts}}]}
+    with serve_llm(lambda request: Reply(raw=json.dumps(envelope).encode())) as server:
+        assert ask("openai", server).text == "cats"
+
+
+@BOTH
+def test_an_answer_that_trickles_in_for_ever_takes_too_long(protocol):
+    with serve_llm(lambda request: Reply({"label": "cats"}, byte_seconds=0.02)) as server:
+        asked = server_of(protocol, server, timeout_seconds=0.3)
+        with pytest.raises(NoAnswer, match="it takes too long") as failed:
+            run(asked, lambda chat: chat.ask(QUESTION), n_tries=1)
+    assert failed.value.reason == "timeout"
+
+
+@BOTH
+def test_a_server_that_hangs_up_after_each_answer_is_asked_on(protocol):
+    async def ask_all(chat: PatientChat) -> list:
+        return await asyncio.gather(*(chat.ask(QUESTION) for _ in range(40)))
+
+    with serve_llm(lambda request: Reply({"label": "cats"}, hangs_up=True)) as server:
+        assert len(run(server_of(protocol, server), ask_all, n_parallel=4)) == 40  # type: ignore[arg-type]
+        assert len(server.requests) < 50
 
 
 def test_a_date_says_it_too():

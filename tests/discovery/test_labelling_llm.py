@@ -277,3 +277,48 @@ def test_concurrency_is_close_to_what_was_asked_for():
         seconds = time.monotonic() - began_at
         assert server.peak == 8
     assert 1.0 <= seconds < 2.0
+
+
+def test_a_megabyte_of_answer_is_not_kept_for_each_feature():
+    with serve_llm(lambda request: Reply("no label, but " + "words " * 170_000)) as server:
+        failed = only(server)
+    assert isinstance(failed, LabelFailure) and failed.reason == "unparsable"
+    assert [len(each["answer"]) for each in failed.attempt["tries"]] == [20_000] * 3
+
+
+def test_zero_bytes_and_other_rubbish_end_in_a_label_or_a_reason():
+    rubbish = ["\0", {**GOOD, "label": "c\0ts\ud800"}, '{"a":' * 5000, '[{"label": "cats"}]', {**GOOD, "label": {}}]
+    with serve_llm(lambda request: rubbish[feature_in(request)]) as server:
+        found = outcomes(labeller(server), map(cats, range(5)))
+    assert {i: each.label for i, each in found.items() if isinstance(each, Label)} == {1: "c ts?", 3: "cats"}
+    assert {each.reason for each in found.values() if isinstance(each, LabelFailure)} == {"unparsable"}
+    assert not any("\0" in json.dumps(each.attempt, ensure_ascii=False) for each in found.values())
+
+
+def test_ten_thousand_features_do_not_wait_for_a_server_that_never_answers():
+    drawn: list[int] = []
+
+    def draw() -> Iterator[Evidence]:
+        for i in range(10_000):
+            drawn.append(i)
+            yield cats(i)
+
+    with serve_llm(lambda request: GOOD, hold=threading.Event()) as server:
+        silent = OpenAIServer("m", base_url=server.openai_url, api_key="sk-none", timeout_seconds=0.1)
+        made = LLMLabeller(patient(silent, n_parallel=4, n_tries=2), prompt())
+        with pytest.raises(Unreachable, match="it takes too long"):
+            outcomes(made, draw())
+        assert len(drawn) < 40 and len(server.requests) < 40
+
+
+def test_a_word_that_may_mean_nothing_is_asked_about_once_more():
+    """`null` in code is a label; where the model saw nothing, too, that is what some write."""
+    unsure = {**GOOD, "label": "null", "category": ""}
+    with serve_llm(script(unsure, {**GOOD, "label": "null", "category": "Code > Keyword"})) as server:
+        found = only(server)
+        assert "leave the label empty" in server.requests[1].user
+    assert isinstance(found, Label) and (found.label, found.category) == ("null", "Code > Keyword")
+    with serve_llm(script(unsure, {**GOOD, "label": ""})) as server:
+        failed = only(server)
+        assert len(server.requests) == 2
+    assert isinstance(failed, LabelFailure) and failed.reason == "no_pattern"

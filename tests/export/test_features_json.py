@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import json
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mistudio_engine.api.errors import BadInput, EmptyData
+from mistudio_engine.api.errors import BadInput, DiskFull, EmptyData
 from mistudio_engine.export.features_json import FORMAT, FeaturesDocument, write_features
 from mistudio_engine.export.studio_zip import ExportedFile
 
@@ -72,6 +73,22 @@ def test_features_are_asked_for_one_by_one(tmp_path):
     assert asked == list(range(8))
     work.close()
     assert list(tmp_path.iterdir()) == [], "cancelled: nothing is left behind"
+
+
+def test_an_older_document_stays_until_the_new_one_is_whole(tmp_path):
+    (tmp_path / "f").write_bytes(b"older")
+    work = write_features(tmp_path / "f", HEAD, (feature(n) for n in range(24)), n_features=24)
+    next(work)
+    work.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["f"] and (tmp_path / "f").read_bytes() == b"older"
+
+    def features():
+        yield feature(0)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(DiskFull, match="Writing f needs"):
+        list(write_features(tmp_path / "f", HEAD, features(), n_features=2, compress=True))
+    assert [path.name for path in tmp_path.iterdir()] == ["f"] and (tmp_path / "f").read_bytes() == b"older"
 
 
 def test_a_number_that_json_cannot_hold_is_named_and_nothing_is_left(tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
+import hashlib
 import json
 from pathlib import Path
 
@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from mistudio_engine.api.errors import BadInput, CorruptFile, EmptyData, NotFound, Unsupported
 from mistudio_engine.models import readers
 from mistudio_engine.models.datasets import (
-    content_hash,
     find_text_field,
+    hashing,
     n_documents,
     read_documents,
     sample,
@@ -38,9 +38,18 @@ def write_csv(path: Path, delimiter: str) -> Path:
     return path
 
 
-def write_gz(path: Path) -> Path:
-    path.write_bytes(gzip.compress("".join(json.dumps({"text": t}) + "\n" for t in STORIES).encode()))
+def write_compressed(path: Path, codec: str) -> Path:
+    """In two streams one after the other, as tools that compress in parallel write them."""
+    lines = [(json.dumps({"text": text}) + "\n").encode() for text in STORIES]
+    path.write_bytes(b"".join(compressed(part, codec) for part in (lines[0], b"".join(lines[1:]))))
     return path
+
+
+def compressed(data: bytes, codec: str) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, codec) as stream:
+        stream.write(data)
+    return sink.getvalue().to_pybytes()
 
 
 def write_parquet(path: Path, columns) -> Path:
@@ -72,7 +81,9 @@ FORMATS = {
     "jsonl": lambda d: write_jsonl(d / "a.jsonl", [{"id": i, "text": t} for i, t in enumerate(STORIES)]),
     "jsonl of strings": lambda d: write_jsonl(d / "a.jsonl", STORIES),
     "jsonl called json": lambda d: write_jsonl(d / "a.json", [{"text": t} for t in STORIES]),
-    "jsonl.gz": lambda d: write_gz(d / "a.jsonl.gz"),
+    "jsonl.gz": lambda d: write_compressed(d / "a.jsonl.gz", "gzip"),
+    "jsonl.zst": lambda d: write_compressed(d / "a.jsonl.zst", "zstd"),
+    "jsonl.bz2": lambda d: write_compressed(d / "a.jsonl.bz2", "bz2"),
     "json list": lambda d: (d / "a.json", (d / "a.json").write_text(json.dumps([{"text": t} for t in STORIES])))[0],
     "json data": lambda d: (
         d / "a.json",
@@ -271,6 +282,19 @@ def test_a_torn_file_is_refused_where_it_is_torn(tmp_path):
             read_documents(tmp_path / "a.parquet")
 
 
+@pytest.mark.parametrize(("suffix", "codec"), [(".gz", "gzip"), (".zst", "zstd"), (".bz2", "bz2")])
+def test_a_torn_archive_is_refused_and_never_read_as_a_shorter_one(tmp_path, suffix, codec):
+    lines = "".join(json.dumps({"text": f"{n} {hashlib.sha256(bytes(n)).hexdigest()}"}) + "\n" for n in range(2000))
+    whole = compressed(lines.encode(), codec)
+    source = tmp_path / f"a.jsonl{suffix}"
+    source.write_bytes(whole)
+    assert len(list(read_documents(source))) == 2000
+    for torn in (whole[: len(whole) // 2], whole[:-3], b"no archive at all"):
+        source.write_bytes(torn)
+        with pytest.raises(CorruptFile, match=f"torn or is no {codec}"):
+            list(read_documents(source))
+
+
 def test_a_sample_has_pages_and_an_end(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", [{"text": str(i)} for i in range(5)])
     first, second, last = (sample(source, offset, 2) for offset in (0, 2, 4))
@@ -282,14 +306,25 @@ def test_a_sample_has_pages_and_an_end(tmp_path):
         sample(source, -1, 2)
 
 
+def hash_of(path):
+    """What `hashing` returns at its end, the share that is done growing to 1."""
+    steps, shares = hashing(path), [0.0]
+    while True:
+        try:
+            shares.append(next(steps))
+        except StopIteration as end:
+            assert shares == sorted(shares) and shares[-1] == 1
+            return end.value
+
+
 def test_the_hash_follows_the_content_and_not_the_place(tmp_path):
     for name, text in (("a", "x"), ("b", "x"), ("c", "y")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "t.txt").write_text(text)
-    assert content_hash(tmp_path / "a") == content_hash(tmp_path / "b") != content_hash(tmp_path / "c")
-    assert content_hash(tmp_path / "a" / "t.txt") != content_hash(tmp_path / "c" / "t.txt")
+    assert hash_of(tmp_path / "a") == hash_of(tmp_path / "b") != hash_of(tmp_path / "c")
+    assert hash_of(tmp_path / "a" / "t.txt") == hashlib.sha256(b"x").hexdigest() != hash_of(tmp_path / "c" / "t.txt")
     with pytest.raises(NotFound):
-        content_hash(tmp_path / "d")
+        hash_of(tmp_path / "d")
 
 
 def packed(tmp_path, documents, tokenizer, **options):

@@ -20,6 +20,7 @@ from mistudio_engine.api.errors import (
     Unsupported,
     WrongShape,
 )
+from mistudio_engine.models.checkpoint import load_tokenizer
 from mistudio_engine.models.hooks import activations, hook_names
 from mistudio_engine.models.language_model import (
     LanguageModel,
@@ -355,3 +356,16 @@ def test_unembedding_and_gain_turn_the_normalised_residual_into_logits(lm, ids):
     cap = getattr(lm.config, "final_logit_softcapping", None)
     logits = logits if cap is None else cap * torch.tanh(logits / cap)
     torch.testing.assert_close(logits, lm.logits(ids), rtol=1e-3, atol=1e-3)
+
+
+def test_a_tokenizer_is_read_once_until_its_files_change(folder):
+    first = load_tokenizer(folder)
+    assert load_tokenizer(folder) is first
+    path = folder / "tokenizer_config.json"
+    named = json.loads(path.read_text())
+    path.write_text(json.dumps({**named, "eos_token": "<another>"}))
+    assert load_tokenizer(folder).eos_token == "<another>" != first.eos_token
+    path.unlink()
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(CorruptFile):
+        load_tokenizer(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import stat
 from pathlib import Path
@@ -15,6 +16,7 @@ from mistudio_engine.api.errors import Conflict, DiskFull, Forbidden
 from mistudio_engine.runtime.files import (
     atomic_folder,
     free_bytes,
+    hashing_folder,
     require_free,
     safe_path,
     sha256_file,
@@ -177,6 +179,16 @@ def test_hashes_depend_on_names_and_contents_only(tmp_path: Path) -> None:
     )
     (tmp_path / "b" / "sub" / "x").rename(tmp_path / "b" / "sub" / "y")
     assert sha256_folder(tmp_path / "a") != sha256_folder(tmp_path / "b")
+
+
+def test_a_folder_is_hashed_in_steps_that_can_be_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").write_bytes(bytes(range(250)))
+    (tmp_path / "empty").touch()
+    monkeypatch.setattr("mistudio_engine.runtime.files.HASHED_AT_ONCE", 100)
+    steps = hashing_folder(tmp_path)
+    assert list(steps) == [0.4, 0.8, 1.0]
+    lines = "".join(f"{name}\0{sha256_file(tmp_path / name)}\n" for name in ("a", "empty"))
+    assert sha256_folder(tmp_path) == hashlib.sha256(lines.encode()).hexdigest()
 
 
 def test_a_start_sweeps_away_what_a_crash_left_and_follows_no_links(tmp_path: Path) -> None:

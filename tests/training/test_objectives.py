@@ -214,21 +214,40 @@ def test_the_sparse_path_equals_the_dense_one(architecture: str, centre: bool, k
 @hypothesis_settings(max_examples=100, deadline=None, derandomize=True)
 def test_parts_of_a_batch_give_the_gradient_of_the_whole(architecture: str, path: str, rows: int, **more: Any) -> None:
     problem = Problem(architecture, **more)
+    outcome = problem.trainer(path=path).step(problem.x, problem.y)
+    in_parts = problem.trainer(path=path, micro_batch_size=rows).step(problem.x, problem.y)
+    assert in_parts == pytest.approx(outcome, rel=1e-4, abs=1e-5)
     whole, parts = problem.trainer(path=path), problem.trainer(path=path, micro_batch_size=rows)
     y = problem.x if problem.y is None else problem.y
-    if architecture in OVER_A_BATCH:
-        # The choice is made over the tokens that are worked on at a time: as if each part were a batch of its own.
-        for z in problem.x.split(rows):
-            (objective(whole, z).loss * (len(z) / len(problem.x))).backward()
-    else:
-        outcome = problem.trainer(path=path).step(problem.x, problem.y)
-        in_parts = problem.trainer(path=path, micro_batch_size=rows).step(problem.x, problem.y)
-        assert in_parts == pytest.approx(outcome, rel=1e-4, abs=1e-5)
-        whole._gradients(problem.x, y, whole.dead)
-    parts._gradients(problem.x, y, parts.dead)
+    for trainer in (whole, parts):
+        trainer._gradients(problem.x, y, trainer.dead)
     assert gradients(parts).keys() == gradients(whole).keys()
     for name, grad in gradients(whole).items():
         torch.testing.assert_close(gradients(parts)[name], grad, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("path", ["dense", "sparse"])
+@pytest.mark.parametrize("architecture", WITH_AUXK)
+def test_a_training_in_parts_is_the_training_of_whole_batches(architecture: str, path: str) -> None:
+    """Some tokens want many features and others few, so that what a part would choose for itself is another choice."""
+    problem = Problem(architecture, 3, batch=48, d_in=16, d_sae=128)
+    problem.x *= torch.linspace(0.2, 3, 48)[:, None]
+    ends = []
+    for rows in (None, 7):
+        more = {"n_tokens": 48 * 12, "dead_feature_window": 96, "lr": 3e-3}
+        trainer = problem.trainer(path=path, micro_batch_size=rows, **more)
+        measured = [trainer.step(problem.x, problem.y) for _ in range(12)]
+        assert measured[-1].dead_fraction > 0, "AuxK takes part"
+        ends.append((measured, trainer))
+    (whole, one), (parts, other) = ends
+    for ours, theirs in zip(parts, whole, strict=True):
+        assert tuple(ours) == pytest.approx(tuple(theirs), rel=1e-3, abs=1e-5)
+    assert torch.equal(one.tokens_since_fired, other.tokens_since_fired)
+    assert torch.equal(one.n_fired, other.n_fired)
+    if architecture in OVER_A_BATCH:
+        assert other.batch_threshold == pytest.approx(one.batch_threshold, rel=1e-3)
+    for (name, ours), theirs in zip(other.sae.named_parameters(), one.sae.parameters(), strict=True):
+        assert off(ours.detach(), theirs.detach()) < 1e-3, name
 
 
 @pytest.mark.parametrize("architecture", OVER_A_BATCH)

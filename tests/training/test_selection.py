@@ -135,10 +135,12 @@ def test_the_largest_of_a_batch_are_those_of_the_flattened_batch(
 ) -> None:
     k = min(k, d_sae)
     w = weights(batch, d_sae=d_sae, seed=seed, **more)
-    chosen = Selector(bf16=False).batch_top_k(*w, k)
     expected = top_mask(w.scores.view(1, -1), k * batch).view_as(w.scores) & (w.scores > 0)
-    assert torch.equal(mask_of(chosen), expected)
-    assert_projected(w, chosen)
+    for rows in (None, 1 + seed % 7):
+        chosen = Selector(bf16=False).batch_top_k(*w, k, rows)
+        assert torch.equal(mask_of(chosen), expected)
+        assert torch.equal(chosen.pairs.mask(), expected)
+        assert_projected(w, chosen)
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -169,11 +171,13 @@ def test_equal_scores_still_give_the_right_number(bf16: bool) -> None:
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_batchs_choice_is_the_plain_one_at_a_real_size(bf16: bool) -> None:
     w = weights(256, 64, 2048, seed=3)
-    chosen = Selector(bf16).batch_top_k(*w, 24)
-    mask, plain = mask_of(chosen), top_mask(w.scores.view(1, -1), 24 * 256).view_as(w.scores)
-    assert int(mask.sum()) == 24 * 256
-    assert float((mask & plain).sum() / plain.sum()) > (0.995 if bf16 else 1 - 1e-9)
-    assert_projected(w, chosen)
+    plain = top_mask(w.scores.view(1, -1), 24 * 256).view_as(w.scores)
+    for rows in (None, 60):
+        chosen = Selector(bf16).batch_top_k(*w, 24, rows)
+        mask = mask_of(chosen)
+        assert int(mask.sum()) == 24 * 256
+        assert float((mask & plain).sum() / plain.sum()) > (0.995 if bf16 else 1 - 1e-9)
+        assert_projected(w, chosen)
 
 
 @given(

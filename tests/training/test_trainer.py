@@ -98,7 +98,7 @@ def test_training_in_bfloat16_ends_where_fp32_does(architecture: str, path: str)
     for precision in ("fp32", "bf16"):
         hp = settings(**LONG, **sparsity(architecture), path=path, precision=precision)
         trainer = Trainer(config(architecture), hp)
-        last = steps(trainer, 400)[-20:]
+        last = steps(trainer, 200)[-20:]
         ends.append((sum(step.fvu for step in last) / 20, sum(step.l0 for step in last) / 20))
         assert trainer.sae.dtype == torch.float32
     assert ends[1] == pytest.approx(ends[0], rel=0.15)
@@ -397,14 +397,14 @@ def test_a_transcoder_wants_a_target_and_an_sae_wants_none(architecture: str) ->
 
 @pytest.mark.parametrize("architecture", ["batchtopk", "matryoshka_batchtopk"])
 def test_the_threshold_gives_about_k_active_features_on_activations_never_seen(architecture: str) -> None:
-    hp = settings(n_tokens=256 * 1500, batch_size=256, buffer_tokens=4096, lr=2e-3)
+    hp = settings(n_tokens=256 * 400, batch_size=256, buffer_tokens=4096, lr=4e-3)
     trainer = Trainer(config(architecture), hp)
-    x = sparse_activations(256 * 160, seed=0)
+    x = sparse_activations(256 * 110, seed=0)
     trainer.prepare(x[:4096])
-    for i in range(1500):
-        at = i % 150 * 256
+    for i in range(400):
+        at = i % 100 * 256
         trainer.step(x[at : at + 256])
-    fresh = x[256 * 150 :]
+    fresh = x[256 * 100 :]
     assert float(metrics.l0(trainer.finished_sae().encode(fresh))) == pytest.approx(4, rel=0.1)
 
 

@@ -10,10 +10,13 @@ from mistudio_engine.api.operations import (
     jobs,
     labels,
     models,
+    neighbours,
+    on_text,
     published,
     reproduce,
     saes,
     scores,
+    search,
     settings,
     steering,
     system,
@@ -30,10 +33,13 @@ from mistudio_engine.api.operations.features import *
 from mistudio_engine.api.operations.jobs import *
 from mistudio_engine.api.operations.labels import *
 from mistudio_engine.api.operations.models import *
+from mistudio_engine.api.operations.neighbours import *
+from mistudio_engine.api.operations.on_text import *
 from mistudio_engine.api.operations.published import *
 from mistudio_engine.api.operations.reproduce import *
 from mistudio_engine.api.operations.saes import *
 from mistudio_engine.api.operations.scores import *
+from mistudio_engine.api.operations.search import *
 from mistudio_engine.api.operations.settings import *
 from mistudio_engine.api.operations.steering import *
 from mistudio_engine.api.operations.system import *
@@ -54,10 +60,13 @@ __all__ = sorted(
             jobs,
             labels,
             models,
+            neighbours,
+            on_text,
             published,
             reproduce,
             saes,
             scores,
+            search,
             settings,
             steering,
             system,

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from mistudio_engine.api.ablation import AblationReport, FeatureAblation, FeatureTest
 from mistudio_engine.api.operations.base import JobOperation, Operation
-from mistudio_engine.api.operations.features import Text
+from mistudio_engine.api.operations.on_text import Text
 from mistudio_engine.api.refs import FeatureRef, SAERef
 
 __all__ = ["AblateFeatures", "ShowAblation", "TestFeature"]

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, Field, field_validator
 
 from mistudio_engine.api.features import LabellingReport
 from mistudio_engine.api.operations.base import JobOperation, Operation
+from mistudio_engine.api.plain_words import plain_line
 from mistudio_engine.api.prompt_variables import check_system_message, check_user_prompt
 from mistudio_engine.api.records import Finding, LabelRecord, Page
 from mistudio_engine.api.refs import FeatureRef, SAERef, TemplateRef
@@ -91,10 +92,9 @@ class SetLabel(Operation[LabelRecord], route="PATCH /features/{feature}", idempo
     @field_validator("label", "category")
     @classmethod
     def _plain_words(cls, text: str) -> str:
-        text = " ".join(text.split())
-        if not text.isprintable():
+        if (plain := plain_line(text)) != " ".join(text.split()):
             raise ValueError("control characters are not allowed here; write plain words")
-        return text
+        return plain
 
     @field_validator("label")
     @classmethod

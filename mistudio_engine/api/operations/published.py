@@ -30,7 +30,6 @@ class ImportLabels(JobOperation[ImportReport], route="POST /features/import"):
 
     labels: bool = True
     examples: bool = True
-    """Kept beside the current extraction, so there has to be one."""
 
     features: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
     """Only these; all by default."""

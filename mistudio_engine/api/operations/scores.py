@@ -7,12 +7,11 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from mistudio_engine.api.operations.base import JobOperation
+from mistudio_engine.api.operations.labels import Price, Provider
 from mistudio_engine.api.refs import SAERef
 from mistudio_engine.api.scores import ScoringMethod, ScoringReport
 
 __all__ = ["ScoreLabels"]
-
-Price = Annotated[float, Field(ge=0, le=1e6)]
 
 
 class ScoreLabels(JobOperation[ScoringReport], route="POST /features/scoring"):
@@ -30,7 +29,7 @@ class ScoreLabels(JobOperation[ScoringReport], route="POST /features/scoring"):
     methods: Annotated[list[ScoringMethod], Field(min_length=1)] = ["detection", "fuzzing"]
     """detection: in which texts does the feature fire? fuzzing: are the marked tokens those on which it fires?"""
 
-    provider: Literal["token_pattern", "openai", "ollama", "compatible"] = "token_pattern"
+    provider: Provider = "token_pattern"
     """Who judges; nothing is sent anywhere unless it is named here."""
 
     model: Annotated[str, Field(min_length=1, max_length=200)] | None = None

@@ -10,6 +10,8 @@ import json
 import re
 from typing import Any, Literal, NamedTuple
 
+from mistudio_engine.api.plain_words import plain_line
+
 __all__ = ["NotALabel", "Written", "read_label"]
 
 LONGEST_LABEL, LONGEST_STEP, LONGEST_REASONING = 120, 60, 1000
@@ -18,17 +20,22 @@ MOST_WORDS = 16
 
 MOST_STEPS = 5
 
-NOTHING = frozenset(
-    (
-        *("unknown", "unclear", "undefined", "uncategorized", "none", "nothing", "null", "n/a", "na", "error"),
-        *("no label", "no pattern", "no clear pattern", "could not be parsed", "various", "mixed", "miscellaneous"),
-    )
-)
+READ_AT_MOST = 4000
+"""Characters of a label, a path or a reasoning that are looked at: nothing that is kept is nearly as long."""
+
+NOTHING = frozenset(("no label", "no pattern", "no clear pattern", "no common pattern", "could not be parsed"))
 """What models write who have nothing to say. It is not a label."""
 
+MAYBE_NOTHING = frozenset(
+    (
+        *("unknown", "unclear", "undefined", "uncategorized", "none", "nothing", "null", "n/a", "na", "error"),
+        *("various", "mixed", "miscellaneous"),
+    )
+)
+"""They write these too, and yet a feature of code may fire on `null`: then its category is more than such a word."""
 
-_AROUND = "\"'“”‘’`* "
-"""What models put around a label."""
+_AROUND = re.compile(r"""(\*+|`+|["'])((?:(?!\1).)+)\1|[“„«‘]([^“”„«»‘’]+)[”“»’]""")
+"""What models put around a label, as a pair."""
 
 
 class Written(NamedTuple):
@@ -56,14 +63,17 @@ def read_label(text: str) -> Written | NotALabel:
     wrong = [name for name in ("label", "category", "reasoning") if not isinstance(found.get(name, ""), str)]
     if "label" not in found or wrong:
         return NotALabel("unparsable", f"{', '.join(wrong) or 'label'} is {'no text' if wrong else 'missing'} in it")
-    reasoning = _line(found.get("reasoning", ""))[:LONGEST_REASONING]
-    label = _line(found["label"]).strip(_AROUND)
-    label = label.rstrip(f".{_AROUND}") or label  # a feature of full stops may be called by one
+    said, path, reasons = (found.get(name, "")[:READ_AT_MOST] for name in ("label", "category", "reasoning"))
+    reasoning = plain_line(reasons)[:LONGEST_REASONING]
+    label, category = _bare(said), _path(path)
     if not label or label.casefold() in NOTHING:
         return NotALabel("no_pattern", reasoning or "The model saw nothing that explains it.", final=True)
+    if label.casefold() in MAYBE_NOTHING and not category:
+        detail = f"“{label}” is no label if it means that there is no pattern (then leave the label empty); if it is "
+        return NotALabel("no_pattern", f"{detail}the word itself on which the feature is active, give its category")
     if len(label) > LONGEST_LABEL or len(label.split()) > MOST_WORDS:
-        return NotALabel("too_long", f"the label has {len(label.split())} words and {len(label)} characters")
-    return Written(label, _path(found.get("category", "")), reasoning)
+        return NotALabel("too_long", f"the label has more than {MOST_WORDS} words or {LONGEST_LABEL} characters")
+    return Written(label, category, reasoning)
 
 
 def _object(text: str) -> dict[str, Any] | None:
@@ -82,12 +92,21 @@ def _object(text: str) -> dict[str, Any] | None:
     return None
 
 
-def _line(text: str) -> str:
-    """One printable line: no control, invisible or direction-changing characters."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+def _bare(text: str) -> str:
+    """A label without the quotation marks, asterisks and full stops around it."""
+    label = plain_line(text)
+    while len(label) <= 2 * LONGEST_LABEL:  # what is longer is none, and would take long to look at
+        pair = _AROUND.fullmatch(label)
+        inner = (pair[2] or pair[3]) if pair else label.rstrip(". ")
+        inner = inner.strip()
+        if not inner or inner == label:  # a feature of full stops may be called by one
+            break
+        label = inner
+    return label
 
 
 def _path(text: str) -> str:
-    """`A>B / C` as `A > B / C`: at most five steps, none empty, none long."""
-    steps = (_line(step).strip("\"'“”` ")[:LONGEST_STEP].strip() for step in re.split(r"[>›→]", text))
-    return " > ".join([step for step in steps if step and step.casefold() not in NOTHING][:MOST_STEPS])
+    """`A>B / C` as `A > B / C`: at most five steps, none empty, none long; empty where no step says anything."""
+    steps = [step for each in re.split(r"[>›→]", text) if (step := _bare(each)[:LONGEST_STEP].strip())]
+    said = any(step.casefold() not in NOTHING | MAYBE_NOTHING for step in steps)
+    return " > ".join(steps[:MOST_STEPS]) if said else ""

@@ -11,7 +11,9 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 from mistudio_engine.api.errors import MistudioError
 
-__all__ = ["Answer", "Chat", "NoAnswer", "NoAnswerReason", "Question", "in_words"]
+__all__ = ["Answer", "Chat", "NoAnswer", "NoAnswerReason", "Question", "in_words", "n_tokens"]
+
+_MOST_TOKENS = 100_000_000
 
 NoAnswerReason = Literal[
     "refused", "cut_off", "empty", "prompt_too_long", "timeout", "disconnected", "overloaded", "server_error", "garbage"
@@ -39,6 +41,8 @@ class Answer(NamedTuple):
     """Which model said that it answered."""
 
     n_prompt_tokens: int
+    """As the server counted them, see `n_tokens`; 0 where it did not."""
+
     n_completion_tokens: int
 
 
@@ -85,3 +89,10 @@ def in_words(schema: dict[str, Any]) -> str:
     """What to add to a system message where a server takes no schema."""
     form = json.dumps(schema, ensure_ascii=False)
     return f"\n\nAnswer with one JSON object of this JSON schema, and nothing else:\n{form}"
+
+
+def n_tokens(said: object) -> int:
+    """How many tokens a server says that it counted; 0, which is not known, where that cannot be a number of them."""
+    if not isinstance(said, int) or isinstance(said, bool):
+        return 0
+    return said if 0 < said <= _MOST_TOKENS else 0

@@ -1,7 +1,8 @@
 """A judge that is a language model: it is given a claim and a few texts, and says yes or no to each.
 
 Answers are JSON of a schema, a list of as many booleans as there were texts. One that is anything else is counted and
-its items stay without an answer: nothing is guessed. It knows no features but by the claim, and not who the model is.
+its items stay without an answer: nothing is guessed. One that was cut off is asked for again with more room, for models
+that think aloud. It knows no features but by the claim, and not who the model is.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 
 from mistudio_engine.api.scores import ScoringMethod
 from mistudio_engine.discovery.labelling.budget import BudgetReached
-from mistudio_engine.discovery.labelling.chat import Answer, Chat, NoAnswer, Question
+from mistudio_engine.discovery.labelling.chat import Chat, NoAnswer, Question
 from mistudio_engine.discovery.labelling.scoring import Case, Claim, Judged, Trial, Verdicts
 from mistudio_engine.discovery.words import Pieces
 from mistudio_engine.models.vocabulary import is_part_of_character
@@ -27,7 +28,10 @@ _TICK_SECONDS = 0.2
 """How long to wait for an answer before saying that there is none yet."""
 
 _TOKENS_PER_VERDICT, _TOKENS_AROUND = 8, 128
-"""Length of an answer; a model that thinks aloud in it is cut off, and its answer counted as unreadable."""
+"""Length of an answer."""
+
+_MORE_ROOM, _MOST_TOKENS = 4, 4096
+"""How many times longer the answer may be that is asked for where one was cut off, and how long at most."""
 
 _UNREADABLE = frozenset({"refused", "cut_off", "empty"})
 """Reasons of `NoAnswer` for which the model did answer, and not with what was asked for."""
@@ -64,6 +68,17 @@ class _Asked(NamedTuple):
     n_items: int
 
 
+class _Said(NamedTuple):
+    """What became of a question, all tries together."""
+
+    verdicts: list[bool] | None
+    trouble: str | None
+    """Why there are none: a reason of `NoAnswer`, or that it was something else."""
+
+    n_prompt_tokens: int
+    n_completion_tokens: int
+
+
 class ChatJudge:
     """Judges claims by asking a language model.
 
@@ -86,6 +101,7 @@ class ChatJudge:
     ) -> None:
         self._chat, self._n_shown, self.close_chat = chat, n_shown, close
         self._strings, self._pieces = token_strings, pieces
+        self._room = 1  # a model that needed more for one answer will need it for the others
         self.stopped_by: BudgetReached | None = None
         """Why it stopped before the end, if the budget made it."""
 
@@ -129,9 +145,29 @@ class ChatJudge:
                         yield method, name, first + at, items[at : at + self._n_shown]
                     first += len(items)
 
-    def ask(self, claim: Claim, method: ScoringMethod, items: Sequence[Trial]) -> Any:
-        """The answer to come."""
-        return self._chat.ask(question(claim.text, method, items, self._strings, self._pieces))
+    async def ask(self, claim: Claim, method: ScoringMethod, items: Sequence[Trial]) -> _Said:
+        """The verdicts on some items, or why there are none.
+
+        Raises:
+            MistudioError: no question will be answered, or there is no money for another.
+        """
+        asked = question(claim.text, method, items, self._strings, self._pieces)
+        n_prompt = n_completion = 0
+        while True:
+            room = self._room
+            n_tokens = min(asked.max_tokens * room, _MOST_TOKENS)
+            try:
+                answer, trouble = await self._chat.ask(asked._replace(max_tokens=n_tokens)), None
+            except NoAnswer as error:
+                answer, trouble = error.answer, error.reason
+            if answer is not None:
+                n_prompt += answer.n_prompt_tokens
+                n_completion += answer.n_completion_tokens
+            if trouble != "cut_off" or n_tokens == _MOST_TOKENS:
+                break
+            self._room = max(self._room, room * _MORE_ROOM)
+        verdicts = parse_verdicts(answer.text, len(items)) if answer is not None and trouble is None else None
+        return _Said(verdicts, trouble if verdicts is None else None, n_prompt, n_completion)
 
 
 class _Board:
@@ -141,7 +177,7 @@ class _Board:
         self._judge, self._loop = judge, loop
         self._open: dict[int, Judged] = {}
         self._left: dict[int, int] = {}
-        self._asked: dict[asyncio.Task[Answer], _Asked] = {}
+        self._asked: dict[asyncio.Task[_Said], _Asked] = {}
         self._n_added = 0
         self._unpaid: set[int] = set()  # cases with a question for which there was no money
 
@@ -170,7 +206,7 @@ class _Board:
 
     def look(self, seconds: float = _TICK_SECONDS) -> Iterator[Judged | None]:
         """Wait a moment for answers; the cases that they complete, or None."""
-        done: set[asyncio.Task[Answer]] = set()
+        done: set[asyncio.Task[_Said]] = set()
         if self._asked:
             waiting = asyncio.wait(self._asked, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
             done, _ = self._loop.run_until_complete(waiting)
@@ -184,28 +220,25 @@ class _Board:
         if not ready:
             yield None
 
-    def _take(self, asked: _Asked, task: asyncio.Task[Answer]) -> None:
+    def _take(self, asked: _Asked, task: asyncio.Task[_Said]) -> None:
         self._left[asked.case] -= 1
         verdicts = self._open[asked.case].verdicts[asked.method, asked.claim]
         try:
-            answer = task.result()
-            said = parse_verdicts(answer.text, asked.n_items)
+            said = task.result()
         except BudgetReached as error:
             self._judge.stopped_by = error
             self._unpaid.add(asked.case)
             return
-        except NoAnswer as error:
-            answer, said = error.answer, None
-            if error.reason not in _UNREADABLE:
-                verdicts.n_unanswered += 1
-                return
-        if answer is not None:
-            verdicts.n_prompt_tokens += answer.n_prompt_tokens
-            verdicts.n_completion_tokens += answer.n_completion_tokens
-        if said is None:
+        verdicts.n_prompt_tokens += said.n_prompt_tokens
+        verdicts.n_completion_tokens += said.n_completion_tokens
+        if said.verdicts is not None:
+            verdicts.answers[asked.first : asked.first + asked.n_items] = said.verdicts
+            return
+        verdicts.troubles[(said.trouble or "not in the form asked for").replace("_", " ")] += 1
+        if said.trouble is None or said.trouble in _UNREADABLE:
             verdicts.n_unparsed += 1
         else:
-            verdicts.answers[asked.first : asked.first + asked.n_items] = said
+            verdicts.n_unanswered += 1
 
     def close(self) -> None:
         """Give up what is on its way."""

@@ -33,6 +33,9 @@ MIN_CONTEXTS = 2
 FEWEST_EXAMPLES = 2
 """To this many a prompt that is too long is cut down."""
 
+LONGEST_KEPT = 20_000
+"""Characters of an answer that are kept for inspection: more than the longest that is asked for has."""
+
 SILENCE_SECONDS = 0.4
 """After so long without an outcome the iterator says that it is alive."""
 
@@ -100,7 +103,7 @@ class _Try(NamedTuple):
         usage = {}
         if self.answer is not None:
             usage = {
-                "answer": self.answer.text,
+                "answer": self.answer.text[:LONGEST_KEPT],
                 "model": self.answer.model,
                 "n_prompt_tokens": self.answer.n_prompt_tokens,
                 "n_completion_tokens": self.answer.n_completion_tokens,

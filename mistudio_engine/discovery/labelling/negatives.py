@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mistudio_engine.discovery.activation_block import sparse_acts
 from mistudio_engine.discovery.labelling.labeller import is_held_out
-from mistudio_engine.discovery.labelling.passages import NegativeKind, Passage
+from mistudio_engine.discovery.labelling.passages import Copies, NegativeKind, Passage
 from mistudio_engine.models.hooks import activations
 from mistudio_engine.models.language_model import LanguageModel
 from mistudio_engine.models.tokens import PackedTokens
@@ -123,6 +123,7 @@ def negatives(
     *,
     neighbours: Sequence[int] = (),
     likeness: NDArray[np.float32] | None = None,
+    copies: Copies | None = None,
     seed: int = 0,
 ) -> list[Passage]:
     """At most n passages in which the feature is silent, in equal parts of each kind; random ones fill up.
@@ -134,7 +135,9 @@ def negatives(
         kinds: random; decoder: one of the `neighbours` fires there; similar: with the largest `likeness`.
         neighbours: features, the nearest first.
         likeness: (len(pool),) of each passage to those in which the feature fires; NaN where it is not known.
+        copies: what must not come again, whether it was shown with the feature or without.
     """
+    copies = copies or Copies()
     generator = np.random.default_rng([seed, feature, 1])
     free = np.ones(len(pool), dtype=bool)
     free[pool.with_feature(feature)] = False
@@ -148,8 +151,10 @@ def negatives(
                 return
             if free[number]:
                 free[number] = False
-                chosen.append(pool.passage(number, kind))
-                at_most -= 1
+                passage = pool.passage(number, kind)
+                if copies.take(passage):
+                    chosen.append(passage)
+                    at_most -= 1
 
     share = -(-n // max(1, len(kinds)))
     if "decoder" in kinds:

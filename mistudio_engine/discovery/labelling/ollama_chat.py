@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import httpx
@@ -10,7 +11,7 @@ import ollama
 from mistudio_engine.api.errors import MistudioError
 from mistudio_engine.discovery.labelling.addresses import is_loopback, shown_address
 from mistudio_engine.discovery.labelling.budget import n_bytes_of
-from mistudio_engine.discovery.labelling.chat import Answer, NoAnswer, Question, in_words
+from mistudio_engine.discovery.labelling.chat import Answer, NoAnswer, Question, in_words, n_tokens
 from mistudio_engine.discovery.labelling.patient_chat import Passing
 from mistudio_engine.discovery.labelling.refusals import meaning_of, retry_after_seconds
 
@@ -44,6 +45,7 @@ class OllamaServer:
         self._model = model
         self._where = shown_address(base_url)
         self._temperature = temperature
+        self._timeout_seconds = timeout_seconds
         self._context = _SMALLEST_CONTEXT
         self._with_schema = True
         self._client = ollama.AsyncClient(
@@ -59,7 +61,8 @@ class OllamaServer:
         """One request, and a simpler one where the server is too old for a schema."""
         with_schema = self._with_schema
         try:
-            reply = await self._client.chat(**self._request(question, with_schema), stream=False)
+            async with asyncio.timeout(self._timeout_seconds):  # the client's is from one byte to the next
+                reply = await self._client.chat(**self._request(question, with_schema), stream=False)
         except ollama.ResponseError as error:
             if error.status_code in (400, 500) and with_schema and "format" in str(error.error).lower():
                 self._with_schema = False
@@ -67,11 +70,11 @@ class OllamaServer:
             raise self._meaning(error) from None
         except (ConnectionError, httpx.ConnectTimeout):
             raise Passing(None, "nobody listens there; is Ollama running (ollama serve)?") from None
-        except httpx.TimeoutException:
+        except (httpx.TimeoutException, TimeoutError):
             raise Passing("timeout", "it takes too long", maybe_billed=True) from None
         except httpx.HTTPError as error:
             raise Passing("disconnected", f"the connection broke ({type(error).__name__})", maybe_billed=True) from None
-        except (ValueError, TypeError):  # no JSON, or not of the protocol
+        except (ValueError, TypeError, RecursionError):  # no JSON, or not of the protocol
             raise Passing("garbage", "what it answers is not its protocol", maybe_billed=True) from None
         return _answer(reply)
 
@@ -119,8 +122,8 @@ class OllamaServer:
 
 def _answer(reply: ollama.ChatResponse) -> Answer:
     text = reply.message.content or ""
-    n_prompt, n_completion = reply.prompt_eval_count or 0, reply.eval_count or 0
-    answer = Answer(text, reply.model or "", n_prompt, n_completion)
+    n_prompt, n_completion = n_tokens(reply.prompt_eval_count), n_tokens(reply.eval_count)
+    answer = Answer(text, (reply.model or "")[:200], n_prompt, n_completion)
     if reply.done_reason == "length":
         raise NoAnswer("cut_off", f"the answer was cut off after {n_completion} tokens", answer=answer)
     if not text.strip():

@@ -6,13 +6,14 @@ schema, a name for the limit, a temperature) is asked for in the next simpler wa
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import openai
 
 from mistudio_engine.api.errors import BadInput, MistudioError
 from mistudio_engine.discovery.labelling.addresses import is_loopback, shown_address
-from mistudio_engine.discovery.labelling.chat import Answer, NoAnswer, Question, in_words
+from mistudio_engine.discovery.labelling.chat import Answer, NoAnswer, Question, in_words, n_tokens
 from mistudio_engine.discovery.labelling.patient_chat import Passing
 from mistudio_engine.discovery.labelling.refusals import meaning_of, said
 
@@ -37,7 +38,7 @@ class OpenAIServer:
         name: stands before the model in `id`.
         key_setting: the setting that the key is from, for advice.
         temperature: None leaves it to the server.
-        timeout_seconds: for one answer.
+        timeout_seconds: for one answer, from the first byte sent to the last one received.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class OpenAIServer:
         self._where = shown_address(base_url)
         self._key_setting = key_setting
         self._temperature = temperature
+        self._timeout_seconds = timeout_seconds
         self._forms = _FORMS
         self._limits = _LIMITS[::-1] if base_url == OPENAI_URL else _LIMITS
         self._client = openai.AsyncOpenAI(
@@ -75,7 +77,7 @@ class OpenAIServer:
         while True:
             form, limit, temperature = self._forms[0], self._limits[0], self._temperature
             try:
-                reply = await self._client.chat.completions.create(**self._request(question, form, limit, temperature))
+                reply = await self._post(self._request(question, form, limit, temperature))
             except openai.BadRequestError as error:
                 meaning = self._meaning(error)
                 # What is wrong with the question itself would be wrong with it in every form.
@@ -83,18 +85,24 @@ class OpenAIServer:
                     raise meaning from None
             except openai.APIStatusError as error:
                 raise self._meaning(error) from None
-            except openai.APITimeoutError:
+            except (openai.APITimeoutError, TimeoutError):
                 raise Passing("timeout", "it takes too long", maybe_billed=True) from None
             except openai.APIConnectionError as error:
                 raise _disconnected(error) from None
-            except (openai.APIResponseValidationError, ValueError):  # ValueError: no JSON at all
-                raise Passing("garbage", "what it answers is not its protocol", maybe_billed=True) from None
+            except (ValueError, RecursionError):  # no JSON at all, or too deep
+                raise _garbage() from None
             else:
                 return _answer(reply)
 
     async def close(self) -> None:
         """Close the connections."""
         await self._client.close()
+
+    async def _post(self, request: dict[str, Any]) -> Any:
+        """The JSON that comes back, as it is: the client's own reading of it believes whatever a server sends."""
+        async with asyncio.timeout(self._timeout_seconds):  # the client's is from one byte to the next
+            response = await self._client.chat.completions.with_raw_response.create(**request)
+            return response.http_response.json()
 
     def _request(self, question: Question, form: str, limit: str, temperature: float | None) -> dict[str, Any]:
         system = question.system
@@ -132,11 +140,12 @@ class OpenAIServer:
         return True
 
     def _meaning(self, error: openai.APIStatusError) -> MistudioError | Passing:
-        body = error.body if isinstance(error.body, dict) else {}
+        body = error.body if isinstance(error.body, dict) else {"message": error.body}
+        message, code = (body.get("message"), error.code or body.get("type"))
         return meaning_of(
             error.status_code,
-            str(body.get("message") or error.body or ""),
-            code=error.code or body.get("type"),
+            message if isinstance(message, str) else "",
+            code=code if isinstance(code, str) else None,
             headers={name.lower(): value for name, value in error.response.headers.items()},
             server=self._where,
             model=self._model,
@@ -160,20 +169,38 @@ def _answer(reply: Any) -> Answer:
         NoAnswer: it was refused, cut off or is empty.
     """
     try:
-        choice, usage = reply.choices[0], reply.usage
-        message, model = choice.message, str(reply.model or "")
-        text, refusal = message.content or "", getattr(message, "refusal", None)
-        n_prompt, n_completion = (int(usage.prompt_tokens), int(usage.completion_tokens)) if usage else (0, 0)
-    except (AttributeError, IndexError, TypeError, ValueError):
-        raise Passing("garbage", "what it answers is not its protocol", maybe_billed=True) from None
-    answer = Answer(refusal or text, model, n_prompt, n_completion)
-    if refusal or choice.finish_reason == "content_filter":
+        choice, usage = reply["choices"][0], reply.get("usage")
+        message, ended_by = choice["message"], choice.get("finish_reason")
+        text, refusal = _text(message.get("content")), _text(message.get("refusal"))
+    except (AttributeError, IndexError, KeyError, TypeError):
+        raise _garbage() from None
+    counted = usage if isinstance(usage, dict) else {}
+    n_prompt, n_completion = (n_tokens(counted.get(f"{side}_tokens")) for side in ("prompt", "completion"))
+    answer = Answer(refusal or text, str(reply.get("model") or "")[:200], n_prompt, n_completion)
+    if refusal or ended_by == "content_filter":
         raise NoAnswer("refused", f"the model refused: {said(refusal or 'content filter')}", answer=answer)
-    if choice.finish_reason == "length":
+    if ended_by == "length":
         raise NoAnswer("cut_off", f"the answer was cut off after {n_completion} tokens", answer=answer)
     if not text.strip():
         raise NoAnswer("empty", "the answer is empty", answer=answer)
     return answer
+
+
+def _text(content: Any) -> str:
+    """What a message says; some servers give it in parts.
+
+    Raises:
+        TypeError: no text.
+    """
+    if isinstance(content, list):
+        return "".join(part["text"] for part in content)
+    if not isinstance(content, str | None):
+        raise TypeError(content)
+    return content or ""
+
+
+def _garbage() -> Passing:
+    return Passing("garbage", "what it answers is not its protocol", maybe_billed=True)
 
 
 def needs_key(base_url: str, api_key: str | None) -> None:

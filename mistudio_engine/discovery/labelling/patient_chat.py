@@ -12,6 +12,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 from mistudio_engine.api.errors import MistudioError, Unreachable
@@ -125,6 +126,7 @@ class PatientChat:
         self.budget = budget or Budget()
         self._server = server
         self._redact = redact
+        self._redact_name = lru_cache(maxsize=8)(redact)  # redacting reads files, and it is the same model each time
         self._n_tries = n_tries
         self._first_backoff = first_backoff_seconds
         self._chance = random.Random(seed)
@@ -200,7 +202,7 @@ class PatientChat:
     def _cleaned(self, answer: Answer) -> Answer:
         """As it may be kept: without secrets, and without halves of surrogate pairs, which no file takes."""
         text, model = (each.encode("utf-8", "replace").decode() for each in (answer.text, answer.model))
-        return answer._replace(text=self._redact(text), model=self._redact(model))
+        return answer._replace(text=self._redact(text), model=self._redact_name(model))
 
     def _wait_seconds(self, n_tried: int, asked: float | None) -> float:
         longest = min(LONGEST_BACKOFF_SECONDS, self._first_backoff * 2 ** (n_tried - 1))

@@ -133,6 +133,33 @@ class Shown(NamedTuple):
     silent: list[int]
 
 
+class _Passage(NamedTuple):
+    """A window of a context, as it is read."""
+
+    start: int
+    stop: int
+    n_tokens: int
+    """Of the whole context."""
+
+    texts: dict[int, str]
+    """By position."""
+
+    shown_by: dict[int, int]
+    """The position at which each token is shown: several are one character at times."""
+
+    def text(self, marked: Sequence[int]) -> str:
+        """On one line, with these tokens marked."""
+        texts = dict(self.texts)
+        for at in {self.shown_by[at] for at in marked}:
+            core = texts[at].lstrip(" ")
+            texts[at] = f"{texts[at][: len(texts[at]) - len(core)]}«{core or ' '}»"
+        return ("… " if self.start > 0 else "") + "".join(texts.values()) + (" …" if self.stop < self.n_tokens else "")
+
+    def activations(self, example: Example, marked: Sequence[int]) -> str:
+        """These tokens with their activations."""
+        return ", ".join(f"“{self.texts[self.shown_by[at]]}” {float(example.values[at]):.3g}" for at in marked)
+
+
 class Prompt:
     """Turns evidence into questions.
 
@@ -165,6 +192,7 @@ class Prompt:
         self._system, self._user = system_message, user_prompt
         self.n_examples, self.n_negatives = n_examples, n_negatives
         self._texts: dict[int, str] = {}
+        self._parts: set[int] = set()
 
     def question(self, evidence: Evidence, notes: Notes, *, n_examples: int | None = None) -> Shown:
         """The question about one feature, with fewer examples where some are wanted."""
@@ -172,7 +200,7 @@ class Prompt:
         quiet = silent(evidence.explain, self.n_negatives)
         data = {
             "examples": self._examples(shown),
-            "negatives": "\n".join(f"{i}. {self._text(each, each.prime)}" for i, each in enumerate(quiet, start=1)),
+            "negatives": "\n".join(f"{i}. {self._silent(each)}" for i, each in enumerate(quiet, start=1)),
             "tokens": self._tokens(evidence.explain),
             "analysis": _plain(notes.analysis, _LONGEST_ANALYSIS, lines=True),
             "promoted": _listed(notes.promoted),
@@ -196,56 +224,49 @@ class Prompt:
     def _examples(self, examples: Sequence[Example]) -> str:
         lines = []
         for i, example in enumerate(examples, start=1):
-            lines += [f"{i}. {self._text(example, _peak(example))}", f"   activations: {self._activations(example)}"]
+            shown = self._read(example, *_window(example, _peak(example)))
+            marked = _marked(example, shown.start, shown.stop)
+            lines += [f"{i}. {shown.text(marked)}", f"   activations: {shown.activations(example, marked)}"]
         return "\n".join(lines)
 
-    def _activations(self, example: Example) -> str:
-        """The marked tokens with their activations, strongest first."""
-        strongest = sorted(_marked(example), key=lambda at: -float(example.values[at]))
-        texts, shown_by = self._read(example, *_window(example, _peak(example)))
-        return ", ".join(f"“{texts[shown_by[at]]}” {example.values[at]:.3g}" for at in strongest)
+    def _silent(self, example: Example) -> str:
+        return self._read(example, *_window(example, example.prime)).text([])
 
-    def _text(self, example: Example, centre: int) -> str:
-        """What stands around a token on one line, with the tokens marked on which it fires."""
-        start, stop = _window(example, centre)
-        texts, shown_by = self._read(example, start, stop)
-        marked = {shown_by.get(at) for at in _marked(example)}
-        pieces = ["… " if start > 0 else ""]
-        for at, text in texts.items():
-            if at in marked:
-                core = text.lstrip(" ")
-                text = f"{text[: len(text) - len(core)]}«{core or ' '}»"
-            pieces.append(text)
-        return "".join(pieces) + (" …" if stop < len(example.token_ids) else "")
-
-    def _read(self, example: Example, start: int, stop: int) -> tuple[dict[int, str], dict[int, int]]:
-        """The texts of a window's tokens by position, and the position at which each is shown."""
+    def _read(self, example: Example, start: int, stop: int) -> _Passage:
+        """A window of an example as it may stand in a prompt."""
         ids = example.token_ids[start:stop].tolist()
         texts = self._plain_texts(ids)
         places = range(start, stop)
-        if self._pieces is None or not any(map(is_part_of_character, texts)):
-            return dict(zip(places, texts, strict=True)), dict(zip(places, places, strict=True))
+        whole = len(example.token_ids)
+        if self._pieces is None or self._parts.isdisjoint(ids):
+            return _Passage(
+                start, stop, whole, dict(zip(places, texts, strict=True)), dict(zip(places, places, strict=True))
+            )
         pieces = self._pieces(ids)
-        shown = (_plain(text, _LONGEST_TOKEN) for text in pieces.texts)
-        return dict(zip(places, shown, strict=True)), dict(zip(places, (pieces.shown_by + start).tolist(), strict=True))
+        read = dict(zip(places, (_plain(text, _LONGEST_TOKEN) for text in pieces.texts), strict=True))
+        return _Passage(start, stop, whole, read, dict(zip(places, (pieces.shown_by + start).tolist(), strict=True)))
 
     def _tokens(self, examples: Sequence[Example]) -> str:
         """The tokens on which it fires in the explain contexts, those that carry most activation first."""
         found: dict[int, list[float]] = {}
         for example in examples:
-            for at in np.flatnonzero(example.values > 0):
-                found.setdefault(int(example.token_ids[at]), []).append(float(example.values[at]))
-        order = sorted(found, key=lambda token: (-sum(found[token]), token))[:_TOKENS_SHOWN]
+            fires = np.flatnonzero(example.values > 0)
+            for token, value in zip(example.token_ids[fires].tolist(), example.values[fires].tolist(), strict=True):
+                found.setdefault(token, []).append(value)
+        total = {token: sum(values) for token, values in found.items()}
+        order = sorted(found, key=lambda token: (-total[token], token))[:_TOKENS_SHOWN]
         return "\n".join(
-            f"“{text}” ×{len(values)}, mean {np.mean(values):.3g}, max {max(values):.3g}"
-            for text, values in zip(self._plain_texts(order), (found[token] for token in order), strict=True)
+            f"“{text}” ×{len(found[token])}, mean {total[token] / len(found[token]):.3g}, max {max(found[token]):.3g}"
+            for text, token in zip(self._plain_texts(order), order, strict=True)
         )
 
     def _plain_texts(self, ids: Sequence[int]) -> list[str]:
         """Each token as it may stand in a prompt. The same few thousand come in every prompt: each is read once."""
         if missing := list({token for token in ids if token not in self._texts}):
-            found = zip(missing, self._strings(missing), strict=True)
-            self._texts.update((token, _plain(string, _LONGEST_TOKEN)) for token, string in found)
+            for token, string in zip(missing, self._strings(missing), strict=True):
+                self._texts[token] = _plain(string, _LONGEST_TOKEN)
+                if is_part_of_character(self._texts[token]):
+                    self._parts.add(token)
         return [self._texts[token] for token in ids]
 
 
@@ -273,12 +294,12 @@ def _window(example: Example, centre: int) -> tuple[int, int]:
     return max(0, centre - _BEFORE), min(len(example.token_ids), centre + _AFTER + 1)
 
 
-def _marked(example: Example) -> set[int]:
-    """Which tokens to mark: the strongest few within the window that is shown."""
-    start, stop = _window(example, _peak(example))
-    values = example.values[start:stop]
-    order = np.argsort(-values, kind="stable")[:_MARKED_AT_MOST]
-    return {start + int(at) for at in order if values[at] > 0 and values[at] >= _MARKED_FROM * values.max()}
+def _marked(example: Example, start: int, stop: int) -> list[int]:
+    """Which tokens of a window to mark: the strongest few, strongest first."""
+    values = example.values[start:stop].tolist()
+    least = max(_MARKED_FROM * max(values), 0.0)
+    fires = [at for at, value in enumerate(values) if value > 0 and value >= least]
+    return [start + at for at in sorted(fires, key=lambda at: -values[at])[:_MARKED_AT_MOST]]
 
 
 def _listed(tokens: Sequence[tuple[str, float]]) -> str:

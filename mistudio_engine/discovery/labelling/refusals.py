@@ -80,7 +80,7 @@ def meaning_of(
 
 def said(message: object, longest: int = 300) -> str:
     """A server's words as they may be shown: one line, printable, not long."""
-    text = " ".join("".join(c if c.isprintable() else " " for c in str(message)).split())
+    text = " ".join("".join(c if c.isprintable() else " " for c in str(message)[: 4 * longest]).split())
     return f"“{text if len(text) <= longest else text[: longest - 1] + '…'}”" if text else "it says nothing more"
 
 
@@ -98,5 +98,5 @@ def retry_after_seconds(value: str | None, milliseconds: str | None = None) -> f
         pass
     try:
         return max(0.0, parsedate_to_datetime(value or "").timestamp() - time.time())
-    except ValueError:
+    except (ValueError, OverflowError):
         return None

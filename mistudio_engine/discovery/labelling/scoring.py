@@ -8,8 +8,8 @@ After Paulo et al. 2024 (Automatically Interpreting Millions of Features in LLMs
   question.
 
 Passages are held out: no label was made from their contexts. The same items are judged by another feature's label and
-by the feature's top token; a label that is not above both says nothing of its own. Here items are made and answers
-counted; who answers is a judge's business.
+by the feature's top token; a label that is not above both says nothing of its own. A lead is of the items for which
+both were answered. Here items are made and answers counted; who answers is a judge's business.
 """
 
 from __future__ import annotations
@@ -39,8 +39,10 @@ __all__ = [
     "Judged",
     "Trial",
     "Verdicts",
+    "enough",
     "method_score",
     "trials",
+    "why_unscored",
 ]
 
 LABEL, OTHER_LABEL, TOP_TOKEN = "label", "other_label", "top_token"
@@ -88,6 +90,9 @@ class Case:
     rounds: Mapping[ScoringMethod, Sequence[Sequence[Trial]]]
     """Items by method, in rounds: what is in one round may be asked in one question."""
 
+    left_out: Mapping[ScoringMethod, tuple[str, str]] = field(default_factory=dict)
+    """Methods for which there are too few items: the reason, and a sentence on it."""
+
 
 @dataclass
 class Verdicts:
@@ -99,6 +104,9 @@ class Verdicts:
     n_questions: int = 0
     n_unparsed: int = 0
     n_unanswered: int = 0
+    troubles: Counter[str] = field(default_factory=Counter)
+    """Why questions were unparsed or unanswered, in a word or two."""
+
     n_prompt_tokens: int = 0
     n_completion_tokens: int = 0
 
@@ -163,9 +171,33 @@ def _marks(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Places that fire, and as many that are silent (or fewer, where there are fewer)."""
     is_text = ~np.isin(passage.token_ids, special)
-    right = np.flatnonzero(is_text & (passage.values > 0) & (passage.values >= _MARKED_AT * passage.values.max()))
-    silent = np.flatnonzero(is_text & (passage.values == 0))
+    strongest = passage.values[is_text].max(initial=0)
+    right = np.flatnonzero(is_text & (passage.values > 0) & (passage.values >= _MARKED_AT * strongest))
+    counted = is_text if passage.counted is None else is_text & passage.counted
+    silent = np.flatnonzero(counted & (passage.values == 0))
     return right, np.sort(generator.permutation(silent)[: len(right)])
+
+
+def enough(rounds: Sequence[Sequence[Trial]]) -> bool:
+    """Whether there are as many items of each class as a score needs."""
+    truth = [trial.truth for part in rounds for trial in part]
+    return min(sum(truth), len(truth) - sum(truth)) >= MIN_ITEMS
+
+
+def why_unscored(judged: Judged, method: ScoringMethod) -> str:
+    """What there was instead of answers, in a sentence: for where `method_score` gives none."""
+    own, items = judged.verdicts[method, LABEL], [trial for part in judged.case.rounds[method] for trial in part]
+    n_known = Counter(trial.truth for trial, answer in zip(items, own.answers, strict=True) if answer is not None)
+    n_all = Counter(trial.truth for trial in items)
+    troubles = ", ".join(f"{n} × {what}" for what, n in own.troubles.most_common())
+    answered = " and ".join(
+        f"{n_known[truth]} of {n_all[truth]} items {side} it" for truth, side in ((True, "with"), (False, "without"))
+    )
+    return (
+        f"Of {own.n_questions} questions {own.n_unparsed} were answered unreadably and {own.n_unanswered} not at all"
+        + (f" ({troubles})" if troubles else "")
+        + f": {answered} have an answer, and {MIN_ITEMS} of each are needed."
+    )
 
 
 def method_score(
@@ -180,13 +212,18 @@ def method_score(
     context = np.array([trial.passage.context for trial in items], dtype=np.int64)
     answers = np.array([[bool(answer) for answer in each.answers] for each in said])
     known = np.array([[answer is not None for answer in each.answers] for each in said])
-    if min((known[0] & truth).sum(), (known[0] & ~truth).sum()) < MIN_ITEMS:
+    if not _are_enough(known[0], truth):
         return None
     accuracies, leads = balanced_accuracies(answers, known, truth, context, seed=seed)
     own, found = said[0], confusion(answers[0][known[0]], truth[known[0]])
     baselines = {
-        name: _baseline(case.claims[name], accuracy, lead)
-        for name, accuracy, lead in zip(names[1:], accuracies[1:], leads, strict=True)
+        name: _baseline(
+            case.claims[name],
+            accuracy if _are_enough(answered, truth) else None,
+            lead if _are_enough(answered & known[0], truth) else None,
+            int((answered & known[0]).sum()),
+        )
+        for name, answered, accuracy, lead in zip(names[1:], known[1:], accuracies[1:], leads, strict=True)
     }
     beats, verdict = _verdict(baselines)
     n_answered = own.n_questions - own.n_unanswered
@@ -218,18 +255,24 @@ def method_score(
     )
 
 
-def _baseline(claim: Claim, accuracy: Interval, lead: Interval) -> BaselineScore:
-    if np.isnan(accuracy.value):
-        return BaselineScore(text=claim.text, feature=claim.feature)
+def _are_enough(known: NDArray[np.bool_], truth: NDArray[np.bool_]) -> bool:
+    return min((known & truth).sum(), (known & ~truth).sum()) >= MIN_ITEMS
+
+
+def _baseline(claim: Claim, accuracy: Interval | None, lead: Interval | None, n_paired: int) -> BaselineScore:
+    """None for what too few answers tell of."""
+    value, low, high = accuracy or (None, None, None)
+    lead_value, lead_low, lead_high = lead or (None, None, None)
     return BaselineScore(
         text=claim.text,
         feature=claim.feature,
-        balanced_accuracy=accuracy.value,
-        low=accuracy.low,
-        high=accuracy.high,
-        lead=lead.value,
-        lead_low=lead.low,
-        lead_high=lead.high,
+        balanced_accuracy=value,
+        low=low,
+        high=high,
+        n_paired=n_paired,
+        lead=lead_value,
+        lead_low=lead_low,
+        lead_high=lead_high,
     )
 
 
@@ -237,7 +280,7 @@ _BASELINES = {OTHER_LABEL: "another feature's label", TOP_TOKEN: "its top token 
 
 
 def _verdict(baselines: Mapping[str, BaselineScore]) -> tuple[bool | None, str]:
-    """Whether the label is above all baselines, and that in a sentence."""
+    """Whether the label is above all baselines, and that in a sentence or two."""
     leads = {words: baselines[name].lead if name in baselines else None for name, words in _BASELINES.items()}
     missing = [words for words, lead in leads.items() if lead is None]
     behind = [
@@ -249,4 +292,8 @@ def _verdict(baselines: Mapping[str, BaselineScore]) -> tuple[bool | None, str]:
         return False, f"The label is {' and '.join(behind)}."
     if missing:
         return None, f"It could not be compared with {' and '.join(missing)}."
-    return True, f"The label is better than {' and than '.join(leads)}."
+    by_chance = [words for name, words in _BASELINES.items() if (baselines[name].lead_low or 0) <= 0]
+    verdict = f"The label is better than {' and than '.join(leads)}."
+    if by_chance:
+        verdict += f" The lead over {' and over '.join(by_chance)} may be chance."
+    return True, verdict

@@ -125,8 +125,9 @@ class _Seen:
     def __init__(self, examples: Sequence, lexicon: TokenLexicon, maximum: float) -> None:
         self.contexts = Contexts(examples, lexicon)
         acts = self.contexts.acts
-        left_out = np.array([example.n_left_out for example in examples], dtype=np.int64)
-        counts = self.contexts.counts & (self.contexts.places >= left_out[:, None])
+        counts = self.contexts.counts.copy()
+        for row, example in zip(counts, examples, strict=True):
+            row[: len(example.counted)] &= example.counted
         self.fires = (acts >= _FIRES_AT * maximum) & (acts > 0) & counts
         self.silent = (acts == 0) & counts
         self.n_fires, self.n_silent = _count(self.fires), _count(self.silent)
