@@ -21,7 +21,7 @@ from mistudio_engine.demo.embedded import DEMO_HOOK
 from mistudio_engine.discovery.analysis_part import analyse_part
 from mistudio_engine.discovery.extraction_store import load_extraction
 from tests.bucket_server import BucketServer, bucket_server
-from tests.server.test_process import WAIT_SECONDS, kill, until
+from tests.server.processes import WAIT_SECONDS, kill, until
 
 pytestmark = pytest.mark.slow
 

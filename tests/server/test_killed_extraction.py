@@ -13,7 +13,7 @@ from mistudio_engine.api.client import Studio, connect
 from mistudio_engine.demo.embedded import DEMO_HOOK
 from mistudio_engine.discovery.extraction import load_extraction
 from mistudio_engine.server.serve import stop
-from tests.server.test_process import bring_in, kill, until
+from tests.server.processes import bring_in, kill, until
 from tests.server.test_training_life import at_its_end, filled, on_a_private_disk
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]

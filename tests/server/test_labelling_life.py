@@ -14,7 +14,7 @@ from mistudio_engine.api.client import connect
 from mistudio_engine.api.operations import LabelFeatures, SetSetting
 from mistudio_engine.demo.embedded import DEMO_HOOK
 from tests.llm_server import Reply, serve_llm
-from tests.server.test_process import WAIT_SECONDS, kill, until
+from tests.server.processes import WAIT_SECONDS, kill, until
 
 pytestmark = pytest.mark.slow
 

@@ -13,7 +13,7 @@ from mistudio_engine.api.client import connect
 from mistudio_engine.api.operations import ScoreLabels, SetSetting
 from mistudio_engine.demo.embedded import DEMO_HOOK
 from tests.llm_server import serve_llm
-from tests.server.test_process import WAIT_SECONDS, kill, until
+from tests.server.processes import WAIT_SECONDS, kill, until
 
 pytestmark = pytest.mark.slow
 

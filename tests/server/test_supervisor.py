@@ -21,7 +21,7 @@ from mistudio_engine.api.home import EXIT_DEVICE_LOST, EngineFile, probe, proces
 from mistudio_engine.runtime.lock import EngineLock
 from mistudio_engine.server.serve import stop
 from mistudio_engine.server.supervisor import MAX_RESTARTS
-from tests.server.test_process import until
+from tests.server.processes import until
 
 ENGINE = str(Path(__file__).with_name("lossy_engine.py"))
 ROOT = Path(__file__).parents[2]

@@ -28,7 +28,7 @@ from mistudio_engine.api.home import EngineFile, probe, process_alive
 from mistudio_engine.api.records import Job
 from mistudio_engine.demo.embedded import DEMO_HOOK
 from mistudio_engine.server.serve import stop
-from tests.server.test_process import bring_in, history, kill, until
+from tests.server.processes import bring_in, history, kill, until
 
 ROOT = Path(__file__).parents[2]
 IMPORTS_US = os.environ | {"PYTHONPATH": str(ROOT)}
