@@ -235,10 +235,13 @@ def start_engine(
         _require_packages()
         log, offset = _open_log(home)
         try:
-            child = _spawn(home, arguments, log)
+            while True:
+                child = _spawn(home, arguments, log)
+                engine = _wait_for(home, child, deadline, wait_seconds, offset)
+                if engine is not None:
+                    return engine
         finally:
             os.close(log)
-        return _wait_for(home, child, deadline, wait_seconds, offset)
 
 
 def _require_packages() -> None:
@@ -309,7 +312,8 @@ def _python_path() -> dict[str, str]:
 
 def _wait_for(
     home: Path, child: subprocess.Popen[bytes], deadline: float, wait_seconds: float, offset: int
-) -> EngineFile:
+) -> EngineFile | None:
+    """The engine that answers; None when ours gave way to one that has ended since, or is about to be started again."""
     while True:
         # Ours, or one that `mistudio serve` started beside us: either is the engine of this directory.
         engine = probe(home, timeout=1.0)
@@ -323,7 +327,7 @@ def _wait_for(
                 fix=f"The whole log is {log_path(home)}; `mistudio doctor` checks the installation.",
             )
         owner = lock_holder(home)
-        if status == EXIT_BUSY and (owner is None or time.monotonic() > deadline):
+        if status == EXIT_BUSY and time.monotonic() > deadline:
             raise EngineBusy(
                 f"Another engine (pid {owner.pid}) owns {home} and does not answer."
                 if owner
@@ -331,6 +335,8 @@ def _wait_for(
                 why=_last_words(home, offset),
                 fix="Stop the other with `mistudio engine stop`, or set MISTUDIO_HOME to another directory.",
             )
+        if status == EXIT_BUSY and owner is None:
+            return None
         if time.monotonic() > deadline:
             raise EngineBusy(
                 f"The engine (pid {child.pid}) did not answer within {wait_seconds:g} s.",

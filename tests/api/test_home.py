@@ -230,3 +230,18 @@ class TestStart:
         finally:
             if engine is not None:
                 os.kill(engine.pid, signal.SIGKILL)
+
+    @pytest.mark.slow
+    def test_who_gave_way_to_one_that_has_ended_is_started_again(self, tmp_path: Path) -> None:
+        ended = subprocess.Popen([sys.executable, "-c", ""])
+        ended.wait()
+        lock = EngineLock.acquire(tmp_path)
+        lock.path.write_text(json.dumps({"pid": ended.pid, "url": None}))  # as a supervisor's, whose engine has died
+
+        def let_go() -> None:
+            while "is in use by another process" not in "".join(tail(log_path(tmp_path), 8)):
+                time.sleep(0.01)
+            lock.release()
+
+        threading.Thread(target=let_go, daemon=True).start()
+        os.kill(start_engine(tmp_path, wait_seconds=90).pid, signal.SIGKILL)
