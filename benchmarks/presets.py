@@ -67,7 +67,7 @@ def wanted(l1: str | None) -> list[tuple[str, str, dict[str, Any]]]:
     """Name, architecture and settings of each."""
     if l1:
         return [
-            (f"{architecture} l1 {each} √d", architecture, {"per_root_width": float(each), "lr": 1e-3})
+            (f"{architecture} l1 {each} √d", architecture, {**settings_of(architecture), "per_root_width": float(each)})
             for architecture in ("standard", "gated")
             for each in l1.split(",")
         ]
@@ -76,6 +76,11 @@ def wanted(l1: str | None) -> list[tuple[str, str, dict[str, Any]]]:
         for architecture in ARCHITECTURES
         for preset, words in PRESETS[activation_of(architecture)].items()
     ]
+
+
+def settings_of(architecture: str) -> dict[str, Any]:
+    """What the presets of an architecture with an L1 penalty have in common."""
+    return PRESETS[activation_of(architecture)]["balanced"]
 
 
 def per_root_width(architecture: str, preset: Any) -> dict[str, float]:

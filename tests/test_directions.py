@@ -115,6 +115,32 @@ def test_clients_start_without_torch(module: str) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
+def imported_at_once(path: Path) -> set[str]:
+    """The modules that importing a file imports: those of its top level."""
+    found: set[str] = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
+    return found
+
+
+@pytest.mark.parametrize("client", ["openai", "ollama"])
+def test_an_engine_starts_without_the_clients_of_servers_that_it_may_never_ask(client: str) -> None:
+    handlers = sorted((ROOT / "mistudio_engine" / "handlers").glob("*.py"))
+    seen, waiting = set(handlers), list(handlers)
+    while waiting:
+        path = waiting.pop()
+        modules = imported_at_once(path)
+        assert client not in modules, f"{path.name} is imported at the start and imports {client}"
+        ours = {ROOT.joinpath(*module.split(".")).with_suffix(".py") for module in modules}
+        new = {each for each in ours if each.is_file() and ROOT / "mistudio_engine" in each.parents} - seen
+        seen |= new
+        waiting += new
+    assert ROOT / "mistudio_engine" / "discovery" / "embedding.py" in seen
+
+
 def test_every_exception_is_still_needed() -> None:
     for (name, target), reason in EXCEPTIONS.items():
         path = ROOT / "mistudio_engine" / name

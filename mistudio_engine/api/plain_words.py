@@ -28,4 +28,5 @@ def _joiner(text: str, at: int) -> str:
 
 def _is_joined(character: str) -> bool:
     """Can a joiner stand beside it: a letter or mark of such a script, or an emoji (or its skin colour)?"""
-    return not character.isascii() and unicodedata.category(character)[0] in "LMS"
+    is_latin = character.isascii() or unicodedata.name(character, "").startswith("LATIN")
+    return not is_latin and unicodedata.category(character)[0] in "LMS"

@@ -530,6 +530,10 @@ class Job(Record):
     """Where its last good state lies."""
 
     plan: Plan | None = None
+    settled: dict[str, Any] = {}
+    """What its arguments leave open, as it was settled when it was submitted: which extraction, which language model,
+    at what price. Empty where nothing is, and after a retry until it begins."""
+
     result: dict[str, Any] | None = None
     error: ErrorBody | None = None
     started_at: float | None = None
@@ -539,13 +543,6 @@ class Job(Record):
     def finished(self) -> bool:
         """True once nothing more will happen to it."""
         return self.state in TERMINAL_STATES
-
-    @property
-    def settled(self) -> dict[str, Any]:
-        """What its arguments leave open, as its plan settled it when it was submitted (`details.settled`): which
-        extraction, which language model, at what price. Empty where nothing is, and after a retry until it begins.
-        """
-        return self.plan.details.get("settled", {}) if self.plan else {}
 
     message: str = Field(default="")
     """What a person should know: why it was interrupted, what a retry would do."""

@@ -88,8 +88,8 @@ class Hyperparameters(BaseModel):
     l1_coefficient: Annotated[
         float | None, Field(ge=0, validation_alias=AliasChoices("l1_coefficient", "l1_alpha"))
     ] = None
-    """Weight of the L1 penalty (standard, gated and their transcoders). None for what gives about 32 active features a
-    token, which grows with the width of the input: 0.014 times it, or 0.022 for gated ones."""
+    """Weight of the L1 penalty (standard, gated and their transcoders). None for the balanced preset's, which grows
+    with the root of the input's width: 0.105 times it, or 0.225 for gated ones."""
 
     sparsity_warm_up_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05
     """Share of the steps over which the L1 or L0 penalty rises from nothing."""

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -60,6 +59,10 @@ class Embedder(Protocol):
 
     def embed(self, texts: Sequence[str], *, is_query: bool = False) -> NDArray[np.float32]:
         """(n, dimension), each row of L2 norm 1."""
+        ...
+
+    def close(self) -> None:
+        """Close the connections, if there are any; it is not asked any more."""
         ...
 
 
@@ -110,7 +113,7 @@ class SentenceEmbedder:
                     dtype=torch.float32,
                     output_loading_info=True,
                 )
-        except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+        except Exception as error:  # of any kind: transformers stumbles over what is not as it should be
             raise CorruptFile(f"The sentence model in {folder} cannot be read: {_first_line(error)}.") from error
         # The pooler sits on top of what is taken here, and many sentence models leave it out.
         missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))
@@ -139,6 +142,9 @@ class SentenceEmbedder:
             with self._lock:  # a batch at a time: a search's query waits for no more than one of an index
                 vectors[batch] = self._batch([texts[i] for i in batch]).numpy()
         return vectors
+
+    def close(self) -> None:
+        """There are no connections."""
 
     def _batch(self, texts: list[str]) -> Tensor:
         if self._recipe.lower_case:
@@ -266,11 +272,18 @@ class InstalledEmbedder:
         self._read: SentenceEmbedder | None = None
 
     def embed(self, texts: Sequence[str], *, is_query: bool = False) -> NDArray[np.float32]:
-        """(n, dimension), each row of L2 norm 1."""
+        """(n, dimension), each row of L2 norm 1.
+
+        Raises:
+            CorruptFile: a file of the model cannot be read.
+        """
         with self._lock:
             if self._read is None:
                 self._read = SentenceEmbedder(self._folder, self.id)
         return self._read.embed(texts, is_query=is_query)
+
+    def close(self) -> None:
+        """There are no connections."""
 
 
 def find_local_embedder() -> InstalledEmbedder | None:

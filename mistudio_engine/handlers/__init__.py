@@ -14,6 +14,8 @@ from mistudio_engine.runtime.engine import Engine, Registry
 
 __all__ = ["REGISTRY", "load"]
 
+AT_ONCE = frozenset(HANDLERS)
+
 SCIENCE = (
     "resources",
     "search_index",
@@ -50,4 +52,4 @@ def load(engine: Engine) -> None:
     modules["exports"].follow_exports(engine)
 
 
-REGISTRY = Registry(HANDLERS, PLANS, RUNS, load, templates.apply_template, templates.count_use)
+REGISTRY = Registry(HANDLERS, PLANS, RUNS, AT_ONCE, load, templates.apply_template, templates.count_use)

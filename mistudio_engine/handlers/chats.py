@@ -9,19 +9,36 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
-from mistudio_engine.api.errors import BadInput
+from mistudio_engine.api.errors import BadInput, Conflict
 from mistudio_engine.api.operations.labels import LabelFeatures
 from mistudio_engine.api.operations.scores import ScoreLabels
 from mistudio_engine.discovery.labelling.addresses import check_address
 from mistudio_engine.discovery.labelling.budget import Budget, Prices
-from mistudio_engine.discovery.labelling.ollama_chat import OllamaServer
-from mistudio_engine.discovery.labelling.openai_chat import OpenAIServer, needs_key
 from mistudio_engine.discovery.labelling.patient_chat import PatientChat
 from mistudio_engine.handlers.settings import require_person, setting
 from mistudio_engine.runtime.engine import Engine
 from mistudio_engine.runtime.secrets import Secrets
 
-__all__ = ["Connection", "budget_for", "connection", "open_chat", "require_person_for_address", "still_allowed"]
+__all__ = [
+    "Connection",
+    "budget_for",
+    "connection",
+    "keys_fit",
+    "open_chat",
+    "require_person_for_address",
+    "still_allowed",
+]
+
+
+ADDRESSES: dict[str, Any] = {
+    "openai": "openai_base_url",
+    "ollama": "ollama_base_url",
+    "compatible": "labelling_base_url",
+}
+"""The setting that says where a provider's server is."""
+
+KEYS = {"openai": "openai_api_key", "compatible": "labelling_api_key"}
+"""The secret that is meant for it."""
 
 
 class Connection(NamedTuple):
@@ -82,8 +99,7 @@ def connection(operation: LabelFeatures | ScoreLabels, engine: Engine, provider:
             f"Which model of {provider} is to be asked?",
             fix="Give model, such as gpt-4o-mini or llama3.2, or set labelling_model (set_setting).",
         )
-    where = {"openai": "openai_base_url", "ollama": "ollama_base_url", "compatible": "labelling_base_url"}[provider]
-    address = operation.base_url or setting(engine, where)
+    address = operation.base_url or setting(engine, ADDRESSES[provider])
     if address is None:
         raise BadInput(
             "Where does the OpenAI-compatible server listen?",
@@ -108,7 +124,24 @@ def still_allowed(engine: Engine, to: Connection) -> None:
     """
     check_address(to.base_url, offline=engine.offline)
     if to.provider == "openai":
+        from mistudio_engine.discovery.labelling.openai_chat import needs_key  # its client is slow to import
+
         needs_key(to.base_url, _key(engine, to))
+
+
+def keys_fit(engine: Engine, to: Connection) -> None:
+    """Refuse a server that is no longer the one that is set, where a key would be sent: it may be the other one's.
+
+    Raises:
+        Conflict: the address was changed since.
+    """
+    now = setting(engine, ADDRESSES[to.provider])
+    if _key(engine, to) is not None and (now is None or check_address(now) != to.base_url):
+        raise Conflict(
+            f"The job asks {to.base_url}, and {ADDRESSES[to.provider]} is {now} by now.",
+            why=f"{KEYS[to.provider]} may be the key of that server, and is not sent to another one.",
+            fix=f"Set {ADDRESSES[to.provider]} back, or retry the job: it then asks the server that is set.",
+        )
 
 
 def _prices(engine: Engine, provider: str, per_input: float | None, per_output: float | None) -> Prices | None:
@@ -140,8 +173,7 @@ def budget_for(
 
 def _key(engine: Engine, to: Connection) -> str | None:
     """The key that is meant for this server; never another one's."""
-    names = {"openai": "openai_api_key", "compatible": "labelling_api_key"}
-    return Secrets(engine.home).get(names[to.provider]) if to.provider in names else None
+    return Secrets(engine.home).get(KEYS[to.provider]) if to.provider in KEYS else None
 
 
 def open_chat(
@@ -149,14 +181,18 @@ def open_chat(
 ) -> PatientChat:
     """A chat with it, for the event loop that first asks it; close it there."""
     if to.provider == "ollama":
+        from mistudio_engine.discovery.labelling.ollama_chat import OllamaServer
+
         server = OllamaServer(to.model, base_url=to.base_url, temperature=temperature)
     else:
+        from mistudio_engine.discovery.labelling.openai_chat import OpenAIServer
+
         server = OpenAIServer(
             to.model,
             base_url=to.base_url,
             api_key=_key(engine, to),
             name=to.provider,
-            key_setting="openai_api_key" if to.provider == "openai" else "labelling_api_key",
+            key_setting=KEYS[to.provider],
             temperature=temperature,
         )
     return PatientChat(server, n_parallel=n_parallel, budget=budget, redact=Secrets(engine.home).redact)

@@ -30,12 +30,12 @@ from mistudio_engine.demo.embedded import SAE_SEED, corpus
 from mistudio_engine.handlers.models import remove_folder
 from mistudio_engine.handlers.registry import Planned, handles, plans, runs
 from mistudio_engine.handlers.relay import relay
-from mistudio_engine.handlers.resources import free_slug, one_at_a_time, open_tokens, read_source
+from mistudio_engine.handlers.resources import EMBEDDED, free_slug, one_at_a_time, open_tokens, read_source
 from mistudio_engine.models import datasets
 from mistudio_engine.models.checkpoint import load_tokenizer
 from mistudio_engine.models.tokens import PackProgress, pack, tokens_key
 from mistudio_engine.runtime.engine import Engine
-from mistudio_engine.runtime.files import atomic_folder, sha256_file, slugify
+from mistudio_engine.runtime.files import atomic_folder, slugify
 from mistudio_engine.runtime.jobs import JobContext
 
 EMBEDDED_DOCUMENTS = 2000
@@ -67,14 +67,8 @@ def _which(operation: GetDataset) -> dict[str, Any]:
     return {"text_field": operation.text_field, "split": operation.split, "config": operation.config}
 
 
-def _size(path: Path | None) -> int:
-    if path is None:
-        return 0
-    return (
-        path.stat().st_size
-        if path.is_file()
-        else sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    )
+def _size(path: Path) -> int:
+    return sum(n_bytes for _, n_bytes, _ in datasets.stamp(path))
 
 
 def _check_context(model: ModelRecord, context_size: int) -> None:
@@ -244,6 +238,7 @@ def _packed(
     if datasets.stamp(path) != before:
         shutil.rmtree(folder)
         raise _changed(engine, dataset)
+    digest = yield from hashed(folder / "tokens.safetensors")
     record = TokensRecord(
         slug=slug,
         dataset=dataset.slug,
@@ -254,7 +249,7 @@ def _packed(
         n_contexts=info.n_contexts,
         n_documents=info.n_documents,
         folder=str(folder.relative_to(engine.home)),
-        sha256=sha256_file(folder / "tokens.safetensors"),
+        sha256=digest,
     )
     with engine.store.transaction():
         engine.store.insert(record)
@@ -314,7 +309,7 @@ def _path(engine: Engine, dataset: DatasetRecord) -> Path:
 @plans(DownloadDataset)
 def plan_download_dataset(operation: DownloadDataset, engine: Engine) -> Planned:
     record = engine.store.get(DatasetRecord, operation.dataset)
-    if not record.folder:
+    if not record.folder or record.source == EMBEDDED:
         raise BadInput(
             f"{record.ref} was not downloaded: its source is {record.source}.", fix="There is nothing to fetch again."
         )
@@ -330,13 +325,13 @@ def run_download_dataset(
     fresh = target.with_name(f"{target.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
     yield from engine.hub.download("dataset", record.source, fresh, revision=record.revision)
+    which = {"text_field": record.text_field, "split": record.split, "config": record.config}
+    n_documents = yield from _count(datasets.read_documents(fresh, **which))
+    n_bytes, digest = _size(fresh), (yield from hashed(fresh))
+    # Last and in one step: whoever ends it before leaves the text that the record describes.
     shutil.rmtree(target, ignore_errors=True)
     fresh.rename(target)
-    n_documents = yield from _count(documents_of(engine, record))
-    digest = yield from hashed(target)
-    return engine.store.update(
-        DatasetRecord, record.slug, n_documents=n_documents, n_bytes=_size(target), sha256=digest
-    )
+    return engine.store.update(DatasetRecord, record.slug, n_documents=n_documents, n_bytes=n_bytes, sha256=digest)
 
 
 @handles(ListDatasets)

@@ -7,19 +7,23 @@ from __future__ import annotations
 
 from itertools import count
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from huggingface_hub import try_to_load_from_cache
 
 from mistudio_engine.api.errors import BadInput, MistudioError, NotFound
 from mistudio_engine.discovery.embedding import Embedder, SentenceEmbedder, find_local_embedder
-from mistudio_engine.discovery.embedding_servers import OllamaEmbedder, OpenAIEmbedder
 from mistudio_engine.discovery.labelling.addresses import check_address
 from mistudio_engine.handlers.resources import read_source
 from mistudio_engine.handlers.settings import setting
 from mistudio_engine.runtime.engine import Engine
 from mistudio_engine.runtime.files import slugify
 from mistudio_engine.runtime.secrets import Secrets
+
+if TYPE_CHECKING:
+    # Their clients take half a second to import: whoever opens such an embedder does so.
+    from mistudio_engine.discovery.embedding_servers import OllamaEmbedder, OpenAIEmbedder
 
 __all__ = ["is_slow", "open_embedder"]
 
@@ -58,10 +62,14 @@ def open_embedder(engine: Engine, name: str) -> Embedder | None:
         return found
     secrets = Secrets(engine.home)
     if kind == "openai":
+        from mistudio_engine.discovery.embedding_servers import OpenAIEmbedder
+
         address = check_address(setting(engine, "openai_base_url"), offline=engine.offline)
         key = secrets.get("openai_api_key")
         return _recognised(engine, OpenAIEmbedder(model, base_url=address, api_key=key, redact=secrets.redact))
     if kind == "ollama":
+        from mistudio_engine.discovery.embedding_servers import OllamaEmbedder
+
         address = check_address(setting(engine, "ollama_base_url"), offline=engine.offline)
         return _recognised(engine, OllamaEmbedder(model, base_url=address, redact=secrets.redact))
     if kind == "transformers":

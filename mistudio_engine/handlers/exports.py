@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Generator, Iterator
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from mistudio_engine.export.features_json import (
     estimate_features_bytes,
     write_features,
 )
-from mistudio_engine.export.studio_zip import SAEFacts, estimate_bytes, write_zip
+from mistudio_engine.export.studio_zip import ExportProgress, SAEFacts, estimate_bytes, write_zip
 from mistudio_engine.handlers.knowledge import Knowledge
 from mistudio_engine.handlers.registry import Planned, handles, plans, runs
 from mistudio_engine.handlers.relay import relay
@@ -142,7 +143,7 @@ def run_export(operation: Export, engine: Engine, context: JobContext) -> Genera
                 options=_options(operation),
                 saelens_folder=saelens_folder if operation.include_saelens_weights else None,
             )
-        written = yield from relay(work, lambda step: Progress(stage=step.stage, fraction=step.fraction))
+        written = yield from relay(work, partial(_progress, engine, slug, len(indices)))
     return engine.store.update(
         ExportRecord,
         slug,
@@ -155,6 +156,13 @@ def run_export(operation: Export, engine: Engine, context: JobContext) -> Genera
         feature_count=written.n_features,
         completed_at=time.time(),
     )
+
+
+def _progress(engine: Engine, slug: str, n_features: int, step: ExportProgress) -> Progress:
+    """Of one step; once features are written the record says `packaging`, as the documents have it."""
+    if step.n_features == n_features and engine.store.get(ExportRecord, slug).status == "computing":
+        engine.store.update(ExportRecord, slug, status="packaging")
+    return Progress(stage=step.stage, fraction=step.fraction)
 
 
 def _path(engine: Engine, record: ExportRecord) -> Path:
@@ -327,14 +335,11 @@ def follow_exports(engine: Engine) -> None:
 
 
 def _with_job(engine: Engine, record: ExportRecord) -> ExportRecord:
-    """The record with its job's latest stage; `packaging` once features are written, as the documents have it."""
-    if record.job is None or record.status not in ("pending", "computing"):
+    """The record with its job's latest stage."""
+    if record.job is None or record.status not in ("pending", "computing", "packaging"):
         return record
     job = engine.jobs.get(record.job)
-    status = "packaging" if job.state == "running" and (job.progress or 0) >= 0.8 else record.status
-    return record.model_copy(
-        update={"status": status, "progress": 100 * (job.progress or 0.0), "current_stage": job.stage}
-    )
+    return record.model_copy(update={"progress": 100 * (job.progress or 0.0), "current_stage": job.stage})
 
 
 @handles(ShowExport)

@@ -33,6 +33,9 @@ from mistudio_engine.runtime.processes import ProcessPool
 EMBEDDED_AT_ONCE = 64
 """Labels to a step."""
 
+_DIGITS = 18
+"""Of a place in a list, at most: a cursor comes back from anybody, and Python refuses thousands of digits."""
+
 
 @plans(MapFeatures)
 def plan_map_features(operation: MapFeatures, engine: Engine) -> Planned:
@@ -69,8 +72,10 @@ def _mapped(known: Knowledge, what: str) -> tuple[list[int], int]:
     Raises:
         NotFound: none has.
     """
-    living = list(known.alive())
-    indices = [index for index in living if index in known.labels] if what == "labels" else living
+    indices = living = list(known.alive())
+    if what == "labels":
+        labelled = set(known.labels)  # all in one query
+        indices = [index for index in living if index in labelled]
     if not indices:
         raise NotFound(
             f"{known.sae.ref} has no {'labels' if living else 'living features'} to lay out.",
@@ -148,7 +153,8 @@ def _label_vectors(
 def show_map(operation: ShowMap, engine: Engine) -> FeatureMap:
     with Knowledge.of(engine, operation.sae) as known:
         method, found = _found(known, operation)
-        labels = [known.labels.get(int(index)) for index in found.index]
+        all_labels = dict(known.labels)  # in one query
+        labels = [all_labels.get(int(index)) for index in found.index]
         frequency = known.extraction.frequency[np.searchsorted(known.extraction.indices, found.index)]
         reasons = {
             "category": [_is_within(label, operation.category) for label in labels],
@@ -213,7 +219,7 @@ def _begin(cursor: str | None, version: str) -> int:
     if cursor is None:
         return 0
     of, _, at = cursor.rpartition("-")
-    if of != version or not at.isascii() or not at.isdigit():
+    if of != version or not at.isascii() or not at.isdigit() or len(at) > _DIGITS:
         raise BadInput(
             f"The cursor {cursor!r} does not belong to this list.",
             why="The map, the labels or the filters have changed since.",

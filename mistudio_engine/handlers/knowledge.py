@@ -6,7 +6,7 @@ Reads only, and never waits for the compute thread. Search rows, feature cards a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +28,7 @@ from mistudio_engine.discovery.words import WordReader
 from mistudio_engine.models.checkpoint import load_tokenizer
 from mistudio_engine.models.vocabulary import special_ids, token_strings
 from mistudio_engine.runtime.engine import Engine
+from mistudio_engine.runtime.store import Store
 
 __all__ = ["DATA_FOLDER", "DERIVED_FOLDER", "INTERPRETABILITY_FILE", "LOGITS_FILE", "Knowledge"]
 
@@ -40,6 +41,35 @@ DERIVED_FOLDER = "derived"
 
 WINDOW = 12
 """Tokens shown around the prime one where the extraction does not say."""
+
+
+class Labels(Mapping[int, LabelRecord]):
+    """The labels of one SAE that count, by feature index, each as it was when it was first looked at.
+
+    Of those that are asked for by index only these are read: all of a large dictionary, with their scores, fill a
+    gigabyte. Whoever goes through them reads them all.
+    """
+
+    def __init__(self, store: Store, sae: str) -> None:
+        self._store, self._sae = store, sae
+        self._read: dict[int, LabelRecord | None] = {}
+        self._has_all = False
+
+    def __getitem__(self, index: int) -> LabelRecord:
+        if index not in self._read and not self._has_all:
+            self._read[index] = self._store.label(self._sae, index)
+        if (label := self._read.get(index)) is None:
+            raise KeyError(index)
+        return label
+
+    def __iter__(self) -> Iterator[int]:
+        if not self._has_all:
+            self._read = {**self._store.labels(self._sae), **self._read}
+            self._has_all = True
+        return (index for index, label in self._read.items() if label is not None)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 class Knowledge:
@@ -99,9 +129,9 @@ class Knowledge:
         return pq.read_table(path, columns=["score"]).column(0).to_numpy()
 
     @cached_property
-    def labels(self) -> dict[int, LabelRecord]:
+    def labels(self) -> Labels:
         """Every feature's current label."""
-        return self.engine.store.labels(self.sae.slug)
+        return Labels(self.engine.store, self.sae.slug)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -280,6 +310,8 @@ class Knowledge:
                 "max_activation": stats.max,
                 "mean_activation": stats.mean,
                 "n_active": float(stats.n_active),
+                # Only where there were more tokens than could be counted: how many a count may lack.
+                **({"top_token_undercount": float(stats.undercount)} if stats.undercount else {}),
             },
             histogram=None if stats.dead else self.histogram(index, bins),
             top_tokens=self.top_tokens(index, 50),

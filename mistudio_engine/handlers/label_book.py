@@ -152,7 +152,7 @@ class LabelBook:
         """Write down everything that came."""
         self.keep(now=True)
         with self._engine.store.transaction():  # nobody labels between the count and the record
-            n_labelled = len(self._engine.store.labels(self._sae))
+            n_labelled = self._engine.store.count_labels(self._sae)
             self._engine.store.update(SAERecord, self._sae, n_labelled=n_labelled)
 
     def report(self, method: str) -> LabellingReport:

@@ -58,8 +58,7 @@ def plan_label_features(operation: LabelFeatures, engine: Engine) -> Planned:
             plan = _plan_token_pattern(operation, known)
         else:
             plan = _plan_llm(operation, engine, known, agreed.to)
-        plan.details["settled"] = agreed.as_data()
-        return Planned(plan, subject=known.sae.ref)
+        return Planned(plan, subject=known.sae.ref, settled=agreed.as_data())
 
 
 def _plan_token_pattern(operation: LabelFeatures, known: Knowledge) -> Plan:
@@ -121,7 +120,9 @@ def run_label_features(
     agreed, ledger = settled(operation, engine, context), Ledger(engine, context)
     with agreed.knowledge(engine, operation.sae) as known:
         book, to = LabelBook(operation, engine, context, known), agreed.to
-        budget = Budget() if to is None else budget_for(to, operation.max_usd, ledger.usd, ledger.write)
+        budget = Budget(spent=ledger.usd)  # an earlier attempt may have asked one
+        if to is not None:
+            budget = budget_for(to, operation.max_usd, ledger.usd, ledger.write)
         if to is None:
             labeller: Labeller = _token_pattern(known)
         else:

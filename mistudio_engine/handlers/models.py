@@ -37,10 +37,10 @@ from mistudio_engine.runtime.jobs import JobContext
 def plan_get_model(operation: GetModel, engine: Engine) -> Planned:
     source = read_source(operation.source, "model")
     slug = operation.name or slugify(Path(operation.source).name)
-    config = (
-        engine.hub.config("model", source.hub_id, operation.revision) if _wants_preview(operation, source) else None
-    )
-    if source.kind != "hub":
+    # Asking the hub takes seconds: only somebody who asked for the plan waits for it.
+    asked = source.hub_id if operation.dry_run else None
+    config = engine.hub.config("model", asked, operation.revision) if asked else None
+    if source.hub_id is None:
         config = read_config(_local_folder(source))
     needed = weight_bytes(config, operation.precision) if config else 0
     if config and needed > engine.memory.capacity(engine.device):
@@ -53,17 +53,10 @@ def plan_get_model(operation: GetModel, engine: Engine) -> Planned:
     plan = Plan(
         summary=f"Bring in {operation.source} as model/{slug} in {operation.precision}.",
         memory_bytes=needed,
-        disk_bytes=engine.hub.size("model", source.hub_id, operation.revision)
-        if _wants_preview(operation, source)
-        else 0,
+        disk_bytes=engine.hub.size("model", asked, operation.revision) if asked else 0,
         details={"n_params": n_params(config)} if config else {},
     )
     return Planned(plan, subject=f"model/{slug}")
-
-
-def _wants_preview(operation: GetModel, source: Source) -> bool:
-    # Asking the hub takes seconds: only somebody who asked for the plan waits for it.
-    return source.kind == "hub" and operation.dry_run
 
 
 @runs(GetModel, lane="io")

@@ -181,7 +181,7 @@ class _Import:
         """Whether it ended well or not: what is labelled is found."""
         self._index(0)
         slug = self.operation.sae
-        self.engine.store.update(SAERecord, slug, n_labelled=len(self.engine.store.labels(slug)))
+        self.engine.store.update(SAERecord, slug, n_labelled=self.engine.store.count_labels(slug))
 
     def read(self, name: FileName, path: Path) -> Iterator[float]:
         """Take a file in; yields the share that is done."""
@@ -398,7 +398,9 @@ def show_published(operation: ShowPublished, engine: Engine) -> Published:
         history = engine.store.label_history(operation.sae, operation.index)
         labels = [each for each in history if each.author.startswith(AUTHOR)]
     with _replacing:
-        folders = sorted(_published(engine, known.sae).glob("*/"))
+        folders = set(_published(engine, known.sae).glob("*/"))
+        # An engine that is killed while a newer import takes the place of one may leave that behind.
+        folders = sorted(each for each in folders if each.suffix != ".old" or each.with_suffix("") not in folders)
         found = [read_source(folder, operation.index, operation.n) for folder in folders]
     sources = [each for each in found if each is not None]
     if not labels and not sources:

@@ -6,7 +6,7 @@ would cost, without changing anything; `runs(Op)` is the job, a generator. The r
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from mistudio_engine.api.operations.base import JobOperation, Operation
@@ -21,15 +21,16 @@ class Planned(NamedTuple):
     """An operation that can be carried out."""
 
     plan: Plan
-    """`details["settled"]` is what the job keeps to where its arguments leave it open, whatever is set or made
-    meanwhile; it is written with the job (`Job.settled`). Never a key."""
-
     subject: str | None = None
     """Ref of what it works on or makes."""
 
     priority: int = 0
     open: Callable[[], Any] | None = None
     """Makes the subject's record, right before the job is queued; not called for a dry run."""
+
+    settled: Mapping[str, Any] = {}
+    """What the job keeps to where its arguments leave it open, whatever is set or made meanwhile (`Job.settled`).
+    Never a key."""
 
 
 class Run(NamedTuple):

@@ -157,8 +157,15 @@ def run_reproduce(
     if job.state != JobState.COMPLETED:
         raise Cancelled(f"{job.ref}, the repetition, was cancelled.", fix="Retry this job to begin another.")
     made = engine.store.get(TrainingRecord, (job.subject or "").partition("/")[2])
-    changes = [*_changes(source.training.provenance, made.provenance), *(yield from _touched(source.training, engine))]
+    changes = list(_changes(_recorded(source.training), _recorded(made)))
+    changes += yield from _touched(source.training, engine)
     return _compared(operation.ref, source, made, changes, engine)
+
+
+def _recorded(training: TrainingRecord) -> dict[str, Any]:
+    """How it was made: a call that leaves settings open may mean others today."""
+    members = {each.name: {"config": each.config, "hyperparameters": each.hyperparameters} for each in training.members}
+    return training.provenance | {"members": members}
 
 
 def _touched(training: TrainingRecord, engine: Engine) -> Generator[Progress, Signal, list[Change]]:

@@ -67,6 +67,7 @@ class ScoreBook:
     Args:
         job: its slug.
         extraction: the one that all its items are from.
+        scorer: who judges.
 
     Attributes:
         n_wanted: labels that were to be scored when it began.
@@ -74,8 +75,9 @@ class ScoreBook:
         similar_by: what found similar texts.
     """
 
-    def __init__(self, operation: ScoreLabels, engine: Engine, job: str, extraction: str) -> None:
-        self._operation, self._engine, self._job, self._extraction = operation, engine, job, extraction
+    def __init__(self, operation: ScoreLabels, engine: Engine, job: str, extraction: str, scorer: str) -> None:
+        self._operation, self._engine = operation, engine
+        self._job, self._extraction, self._scorer = job, extraction, scorer
         self.n_wanted = self._n_done = self._n_scored = 0
         self.status: Literal["completed", "max_usd_reached", "stopped"] = "completed"
         self.similar_by: str | None = None
@@ -94,11 +96,16 @@ class ScoreBook:
         return self.n_wanted - self._n_done
 
     def recall(self, label: LabelRecord) -> bool:
-        """Whether this job has scored a label before its engine was killed, and then count it."""
+        """Whether this job has scored a label before its engine was killed, and then count it.
+
+        What another model said is not counted, nor what was said of another extraction: a retry may have settled them
+        anew, and a report is of one of each.
+        """
+        us = {"job": self._job, "extraction": self._extraction, "scorer": self._scorer}
         ours = {
             name: MethodScore.model_validate(body)
             for name, body in label.scores.items()
-            if isinstance(body, dict) and (body.get("job"), body.get("extraction")) == (self._job, self._extraction)
+            if isinstance(body, dict) and us.items() <= body.items()
         }
         if ours:
             self._count(label.index, label.label, ours, _mean(ours))
@@ -110,14 +117,14 @@ class ScoreBook:
         self._say_why({"feature": index, "reason": reason, "detail": detail})
         self._n_done += 1
 
-    def enter(self, judged: Judged, scorer: str) -> None:
+    def enter(self, judged: Judged) -> None:
         """Take note of a judge's answers; what they come to is written down with the next ones."""
         case = judged.case
         found = {
             method: method_score(
                 judged,
                 method,
-                scorer=scorer,
+                scorer=self._scorer,
                 job=self._job,
                 extraction=self._extraction,
                 similar_by=self.similar_by,
@@ -185,7 +192,7 @@ class ScoreBook:
         fraction = PREPARED + (1 - PREPARED) * self._n_done / max(1, self.n_wanted)
         return Progress(stage="scoring", fraction=fraction, rate=self._n_done / seconds, unit="labels")
 
-    def report(self, scorer: str, usd: float | None) -> ScoringReport:
+    def report(self, usd: float | None) -> ScoringReport:
         """The end of it."""
         every = list(self._sums.values())
         n_questions, n_unanswered = sum(each.n_questions for each in every), sum(each.n_unanswered for each in every)
@@ -193,7 +200,7 @@ class ScoreBook:
         return ScoringReport(
             sae=self._operation.sae,
             status=self.status,
-            scorer=scorer,
+            scorer=self._scorer,
             n_scored=self._n_scored,
             n_left=self.n_left,
             n_failed=sum(self._failures.values()),

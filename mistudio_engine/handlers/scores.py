@@ -60,8 +60,7 @@ def plan_score_labels(operation: ScoreLabels, engine: Engine) -> Planned:
             plan = _plan_by_rule(operation, known, found)
         else:
             plan = _plan_llm(operation, known, found, agreed.to)
-        plan.details["settled"] = agreed.as_data()
-        return Planned(plan, subject=known.sae.ref)
+        return Planned(plan, subject=known.sae.ref, settled=agreed.as_data())
 
 
 class _Found(NamedTuple):
@@ -178,7 +177,8 @@ def run_score_labels(
 ) -> Generator[Progress, Signal, ScoringReport]:
     agreed, ledger = settled(operation, engine, context), Ledger(engine, context)
     with agreed.knowledge(engine, operation.sae) as known:
-        to, book = agreed.to, ScoreBook(operation, engine, context.job.slug, agreed.extraction)
+        to, scorer = agreed.to, RULE if agreed.to is None else agreed.to.id
+        book = ScoreBook(operation, engine, context.job.slug, agreed.extraction, scorer)
         budget = Budget() if to is None else budget_for(to, operation.max_usd, ledger.usd, ledger.write)
         labels, wanted = yield from read_labels(operation, engine, known, book)
         desk = None
@@ -198,7 +198,7 @@ def run_score_labels(
             try:
                 for judged in judging:
                     if judged is not None:
-                        book.enter(judged, judge.id)
+                        book.enter(judged)
                     book.keep()
                     signal = yield book.progress()
                     if signal is Signal.STOP:
@@ -211,7 +211,7 @@ def run_score_labels(
                 book.status = "max_usd_reached"
             if signal is Signal.STOP and book.n_left:
                 book.status = "stopped"
-        return book.report(RULE if to is None else to.id, budget.spent if to and to.prices else None)
+        return book.report(budget.spent if to and to.prices else None)
 
 
 def _until_stopped(work: Generator[Progress, Signal, T]) -> Generator[Progress, Signal, T | None]:

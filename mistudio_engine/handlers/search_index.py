@@ -24,7 +24,6 @@ from mistudio_engine.api.errors import MistudioError, Unreachable
 from mistudio_engine.api.events import Progress, Signal
 from mistudio_engine.api.records import SAERecord
 from mistudio_engine.discovery.embedding import Embedder
-from mistudio_engine.discovery.embedding_servers import OllamaEmbedder, OpenAIEmbedder
 from mistudio_engine.handlers.embedders import is_slow, open_embedder
 from mistudio_engine.handlers.knowledge import Knowledge
 from mistudio_engine.handlers.search_rows import SearchRows, example_text, label_text
@@ -113,12 +112,8 @@ def open_index(engine: Engine) -> None:
 def _close(engine: Engine) -> None:
     """Ask servers nothing more: what they still owe is asked for by the next engine."""
     _choices[engine].asking.close(0)
-    _close_embedder(engine.embedder)
-
-
-def _close_embedder(embedder: Embedder | None) -> None:
-    if isinstance(embedder, OpenAIEmbedder | OllamaEmbedder):
-        embedder.close()
+    if engine.embedder is not None:
+        engine.embedder.close()
 
 
 def _wanted(engine: Engine) -> tuple[str, str | None]:
@@ -173,7 +168,8 @@ def _changing(engine: Engine, choice: _Choice) -> None:
     try:
         before, (embedder, reason) = engine.embedder, _opened(engine, name)
         if engine.state == "stopping":
-            _close_embedder(embedder)
+            if embedder is not None:
+                embedder.close()
             return
         engine.embedder = embedder
         target = (embedder.id, embedder.dimension) if embedder else (None, None)
@@ -186,7 +182,8 @@ def _changing(engine: Engine, choice: _Choice) -> None:
                 log.warning("the search index could not be made for %s: %s", name, error)
                 engine.embedder, reason = None, error.what
                 index.switch(None, None)
-        _close_embedder(before)  # not before: searches asked it until now
+        if before is not None:
+            before.close()  # not sooner: searches asked it until now
     except Exception:  # the edge of a thread
         log.exception("the embedder could not be changed")
         engine.embedder = None
@@ -281,18 +278,19 @@ def index_features(
     everything = known.extraction.indices.tolist() if indices is None else list(indices)
     rows, n_done = SearchRows(known), 0
     lane = IOLane(1)
-    try:
-        for some in _batches(everything, WRITTEN_AT_ONCE):
-            made: list[dict[str, Any]] = []
-            for part in _batches(some, EMBEDDED_AT_ONCE):
-                made += yield from _waited(lane.call(partial(_made, engine, rows, part)), n_done / len(everything))
-                n_done += len(part)
-            is_current = yield from _waited(lane.call(partial(_put, engine, known, made)), n_done / len(everything))
-            if not is_current:
-                return n_done  # whoever chose the other extraction indexes that
-        yield from _waited(lane.call(partial(_drop_others, engine, known)), 1.0)
-    finally:
-        lane.close(0)  # whoever cancels does not wait for a server's answer
+    with index.owing():
+        try:
+            for some in _batches(everything, WRITTEN_AT_ONCE):
+                made: list[dict[str, Any]] = []
+                for part in _batches(some, EMBEDDED_AT_ONCE):
+                    made += yield from _waited(lane.call(partial(_made, engine, rows, part)), n_done / len(everything))
+                    n_done += len(part)
+                is_current = yield from _waited(lane.call(partial(_put, engine, known, made)), n_done / len(everything))
+                if not is_current:
+                    return n_done  # whoever chose the other extraction indexes that
+            yield from _waited(lane.call(partial(_drop_others, engine, known)), 1.0)
+        finally:
+            lane.close(0)  # whoever cancels does not wait for a server's answer
     return len(everything)
 
 
@@ -305,7 +303,8 @@ def _waited(work: Future[T], fraction: float) -> Generator[Progress, Signal, T]:
 
 def update_rows(engine: Engine, slug: str, indices: Iterable[int]) -> None:
     """Bring single features up to date in the index, after their label or its score changed."""
-    with Knowledge.of(engine, slug) as known:
+    assert engine.index is not None
+    with engine.index.owing(), Knowledge.of(engine, slug) as known:
         if known.sae.extraction is None:
             return
         covered = set(known.extraction.indices.tolist())
@@ -342,7 +341,8 @@ def _embedded(
         log.warning("features are indexed without their meaning: %s", error)
         vectors, embedder = {}, None
         choice.failed_at = time.monotonic()
-    index.lacks_vectors |= embedder is None and is_slow(choice.name)
+    if embedder is None and (is_slow(choice.name) or engine.embedder is not None):
+        index.lacks_vectors = True
     _set_vectors(rows, vectors)
     for row in rows:
         row["embedder"] = embedder.id if embedder else None
@@ -402,7 +402,8 @@ def _drop_others(engine: Engine, known: Knowledge) -> None:
 def drop_features(engine: Engine, slug: str) -> None:
     """Remove an SAE's features from the index, after its record or its extraction is gone."""
     assert engine.index is not None
-    with _choices[engine].writing:  # whoever writes them still looks at the records first, from now on in vain
+    # Whoever writes them still looks at the records first, from now on in vain.
+    with engine.index.owing(), _choices[engine].writing:
         engine.index.delete_sae(slug)
 
 

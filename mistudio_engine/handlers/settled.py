@@ -1,8 +1,8 @@
 """What a call leaves open, as it was settled when it was submitted: from which extraction, by which language model, at
 what price.
 
-A plan settles it, so that a dry run shows it and the job keeps it (`Job.settled`): whatever is set or extracted
-meanwhile, a job costs what was agreed to, and is of one extraction. A retry settles anew. It holds no key.
+It is settled with the plan, so that a dry run shows it and the job keeps it (`Job.settled`): whatever is set or
+extracted meanwhile, a job costs what was agreed to, and is of one extraction. A retry settles anew. It holds no key.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from mistudio_engine.api.errors import Conflict
 from mistudio_engine.api.operations.labels import LabelFeatures
 from mistudio_engine.api.operations.scores import ScoreLabels
 from mistudio_engine.api.records import ExtractionRecord, SAERecord
-from mistudio_engine.handlers.chats import Connection, connection, still_allowed
+from mistudio_engine.handlers.chats import Connection, connection, keys_fit, still_allowed
 from mistudio_engine.handlers.knowledge import Knowledge
 from mistudio_engine.handlers.settings import setting
 from mistudio_engine.runtime.engine import Engine
@@ -35,7 +35,7 @@ class Settled(NamedTuple):
     """Whom it asks; None where that is no language model."""
 
     def as_data(self) -> dict[str, Any]:
-        """As a plan's `details["settled"]`."""
+        """As of `Job.settled`."""
         asked = {"provider": "token_pattern"} if self.to is None else self.to.as_data()
         return {"extraction": self.extraction, "extraction_sha256": self.sha256, **asked}
 
@@ -78,11 +78,14 @@ def settled(operation: LabelFeatures | ScoreLabels, engine: Engine, context: Job
     Raises:
         NotFound, BadInput: as of `settle`, for a retried job.
         BadInput, Unsupported: the key is gone, or the engine is offline now.
+        Conflict: as of `keys_fit`.
     """
-    if context.settled:
-        found = Settled.from_data(context.settled)
+    if context.job.settled:
+        found = Settled.from_data(context.job.settled)
         if found.to is not None:
             still_allowed(engine, found.to)
+            if operation.base_url is None:
+                keys_fit(engine, found.to)
         return found
     with Knowledge.of(engine, operation.sae) as known:
         found = settle(operation, engine, known)

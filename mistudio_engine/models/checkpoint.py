@@ -229,9 +229,14 @@ def _tokenizer(folder: Path, files: tuple[tuple[str, int, int], ...]) -> Any:
         if (folder / name).is_file():
             read_json(folder / name)
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception for a file it cannot read
         raise CorruptFile(f"The tokenizer of {folder.name!r} cannot be read: {error}.", fix=_FETCH) from error
+    backend = getattr(found, "backend_tokenizer", None)
+    if backend is not None:  # what its file says of these, the first plain call would take away, at anybody's side
+        backend.no_truncation()
+        backend.no_padding()
+    return found
 
 
 def load_weights(folder: Path, config: Any, precision: Precision, device: str) -> Any:

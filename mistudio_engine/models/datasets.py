@@ -212,8 +212,20 @@ def hashing(source: Path) -> Generator[float, Any, str]:
 
 def stamp(source: Path) -> list[tuple[Path, int, int]]:
     """Each file of a source with its size and its time in nanoseconds: what an edit changes, without reading."""
-    files = [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file())
+    files = [source] if source.is_file() else sorted(_files_in(source, frozenset()))
     return [(path, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+
+
+def _files_in(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
+    """Those of linked folders, too: text is read from there. A link to a folder above leads nowhere new."""
+    place = folder.resolve()
+    if place in above:
+        return
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from _files_in(path, above | {place})
+        elif path.is_file():
+            yield path
 
 
 def _find_text_field(readers: list[Reader], text_field: str | None, name: str) -> str:

@@ -56,11 +56,6 @@ class JobContext(NamedTuple):
         """1, and one more with each retry."""
         return self.job.attempt
 
-    @property
-    def settled(self) -> dict[str, Any]:
-        """As of `Job.settled`."""
-        return self.job.settled
-
 
 class Runner(NamedTuple):
     """How the jobs of one operation are carried out."""

@@ -13,7 +13,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -67,6 +67,9 @@ class Registry(NamedTuple):
     handlers: Mapping[type[Operation[Any]], Callable[..., Any]]
     plans: Mapping[type[Operation[Any]], Callable[..., Any]]
     runs: Mapping[type[Operation[Any]], Any]
+    at_once: Collection[type[Operation[Any]]]
+    """What is answered while the engine is still starting; everything else waits until `load` is done."""
+
     load: Callable[[Engine], None]
     """Imports the rest of them, the part that needs torch, and opens the index; called on the compute thread."""
 
@@ -212,7 +215,7 @@ class Engine:
         token = _caller.set(who)
         try:
             kind = type(operation)
-            if kind not in self.registry.handlers:
+            if kind not in self.registry.at_once:
                 self.wait_ready()
             if isinstance(operation, JobOperation):
                 return self._submit(operation, who)  # type: ignore[return-value]
@@ -245,6 +248,7 @@ class Engine:
                 operation=kind.tool,
                 arguments=operation.model_dump(mode="json", exclude_defaults=True),
                 plan=planned.plan,
+                settled=dict(planned.settled),
                 subject=planned.subject,
                 message="This is only the plan: nothing was started. Call again without dry_run to start it.",
             )
@@ -259,7 +263,12 @@ class Engine:
                     planned.open()
                 self.registry.submitted(operation, self)
                 return self.jobs.submit(
-                    operation, plan=planned.plan, subject=planned.subject, author=who, priority=planned.priority
+                    operation,
+                    plan=planned.plan,
+                    settled=planned.settled,
+                    subject=planned.subject,
+                    author=who,
+                    priority=planned.priority,
                 )
 
 

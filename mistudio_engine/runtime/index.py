@@ -20,6 +20,7 @@ import shutil
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
@@ -135,6 +136,7 @@ class FeatureIndex:
         self._journal: list[Write] | None = None
         self._target = (embedder, dimension)  # of the table that the next write goes into
         self._n_rebuilt = 0
+        self._n_owed, self._counting = 0, threading.Lock()  # what `owing` began and did not end well
         self.lacks_vectors: bool = bool(_read_marker(self._marker_path).get("lacks_vectors"))
         """Whether there are rows without the vectors that our embedder would give them; whoever writes such rows says
         so, and a rebuild starts from no. It outlives us."""
@@ -210,6 +212,7 @@ class FeatureIndex:
         with self._building:
             self.folder.mkdir(parents=True, exist_ok=True)
             generation = secrets.token_hex(4)
+            lacked_vectors = self.lacks_vectors
             with self._lock:
                 self.lacks_vectors = False
                 self._journal = []  # what is written from here on may be missed by `rows()`
@@ -223,6 +226,11 @@ class FeatureIndex:
                     self.embedder, self.dimension = embedder, dimension
                     self._mark(generation=generation)
                     self._n_rebuilt += 1
+            except BaseException:
+                with self._lock:  # the old table stays, and nobody writes into it what was meant for this one
+                    self.lacks_vectors |= lacked_vectors
+                    self._n_owed += len(self._journal)
+                raise
             finally:
                 with self._lock:
                     self._journal = None
@@ -264,6 +272,18 @@ class FeatureIndex:
                 finally:
                     self._building.release()
 
+    @contextmanager
+    def owing(self) -> Iterator[None]:
+        """Around work that brings the index up to date with records that are written already.
+
+        An index that is closed before such work has ended, or after some that failed, is rebuilt by the next engine.
+        """
+        with self._counting:
+            self._n_owed += 1
+        yield
+        with self._counting:  # not after an error
+            self._n_owed -= 1
+
     def optimize(self) -> None:
         """Merge what was written since into the indices, and drop versions that no cursor needs any more."""
 
@@ -277,15 +297,18 @@ class FeatureIndex:
     def close(self) -> None:
         """Say that everything written is in the index: an index that was not closed is rebuilt, as after `kill -9`.
 
-        Whoever stops does not wait for a long write.
+        Whoever stops does not wait for a long write. While rows are owed or the index is being made anew, it is not so.
         """
         if not self._lock.acquire(timeout=CLOSE_WAIT_SECONDS):
             log.warning("the search index is being written to and is made anew at the next start")
             return
         try:
             if self._table is not None:
-                with contextlib.suppress(*DAMAGE):  # what was deleted meanwhile is made anew by the next engine
-                    self._mark(open=False)
+                if self._n_owed or self._journal is not None:
+                    log.warning("the search index lacks what was written last and is made anew at the next start")
+                else:
+                    with contextlib.suppress(*DAMAGE):  # what was deleted meanwhile is made anew by the next engine
+                        self._mark(open=False)
                 self._table = None
         finally:
             self._lock.release()

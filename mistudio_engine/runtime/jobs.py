@@ -113,6 +113,7 @@ class Jobs:
         op: JobOperation[Any],
         *,
         plan: Plan | None = None,
+        settled: Mapping[str, Any] | None = None,
         subject: str | None = None,
         author: str = "person",
         priority: int = 0,
@@ -143,6 +144,7 @@ class Jobs:
                     author=author,
                     idempotency_key=op.idempotency_key,
                     plan=plan,
+                    settled=dict(settled or {}),
                 )
             )
             self._store.after_commit(lambda: self._enqueue(job))
@@ -302,11 +304,10 @@ class Jobs:
 
     def _retry(self, job: Job) -> None:
         self._book.note(job, "resumed")
-        fresh: dict[str, Any] = {"attempt": job.attempt + 1, "result": None, "finished_at": None, "started_at": None}
+        fresh: dict[str, Any] = {"attempt": job.attempt + 1, "settled": {}}
+        fresh |= {"result": None, "finished_at": None, "started_at": None}
         if job.checkpoint is None:
             fresh |= {"progress": None, "stage": "", "rate": None, "metrics": {}}
-        if job.settled:
-            fresh["plan"] = _with_settled(job, {})
         self._requeue(job, message="", **fresh)
 
     def _requeue(self, job: Job, **changes: Any) -> None:
@@ -322,8 +323,7 @@ class Jobs:
 
     def settle(self, slug: str, what: Mapping[str, Any]) -> None:
         """Writes down what a retried job settled when it began: its later attempts keep to it (see `Job.settled`)."""
-        with self._store.transaction():
-            self._store.update(Job, slug, plan=_with_settled(self.get(slug), what))
+        self._store.update(Job, slug, settled=dict(what))
 
     # The engine's start and end
 
@@ -419,11 +419,6 @@ class Jobs:
             self._live.clear()
             self._all_ended.set()
         return [slug for slug, _ in left]
-
-
-def _with_settled(job: Job, what: Mapping[str, Any]) -> Plan:
-    plan = job.plan or Plan(summary="")
-    return plan.model_copy(update={"details": {**plan.details, "settled": dict(what)}})
 
 
 def _log_fault(future: Future[Any]) -> None:

@@ -442,6 +442,11 @@ class Store:
             ).fetchall()
         return {feature: LabelRecord.model_validate_json(body) for feature, body, _ in rows}
 
+    def count_labels(self, sae: str) -> int:
+        """How many features have one."""
+        with self._reading() as connection:
+            return connection.execute("SELECT COUNT(DISTINCT feature) FROM labels WHERE sae = ?", (sae,)).fetchone()[0]
+
     def score_label(
         self, sae: str, index: int, version: int, scores: Mapping[str, Any], confidence: float | None
     ) -> LabelRecord | None:

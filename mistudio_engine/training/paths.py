@@ -99,7 +99,7 @@ class Paths:
         if self._is_sparse_with_k() or (not self._k and self._tries_sparse()) or device.type != "cpu":
             return n_tokens
         if self.cfg.activation == "batchtopk":
-            return n_tokens  # its choice is made over the whole batch
+            return n_tokens  # in parts, its choice over the whole batch would be a pass of its own
         return min(n_tokens, max(_FEWEST_ROWS, _DENSE_BYTES // ((2 if self.bf16 else 4) * self.cfg.d_sae)))
 
     def learn(self, l0: float) -> None:

@@ -101,7 +101,7 @@ class Selector:
         wanted = k * len(x)
         again = partial(self._scores, x, W_enc, b_enc, norms, rows)
         kept = None if rows else [scores.clone() if len(scores) < len(x) else scores for scores in again()]
-        sample = torch.cat([scores.view(-1)[::_SAMPLE_STRIDE] for scores in kept or again()]).float()
+        sample = torch.cat([_sampled(scores) for scores in kept or again()])
         share = min(1.0, wanted * _MORE_CANDIDATES / (len(x) * W_enc.shape[1]))
         while True:
             rank = min(len(sample), int(share * len(sample)) + 8)
@@ -193,6 +193,11 @@ def _largest(scores: Tensor, k: int) -> Tensor:
     columns = (groups[:, :, None] + torch.arange(0, width, n_groups, device=scores.device)).view(n, -1)
     best = torch.topk(scores.gather(1, columns), k, dim=-1, sorted=False).indices
     return columns.gather(1, best)
+
+
+def _sampled(scores: Tensor) -> Tensor:
+    """Every so many scores as fp32, a copy: a block is overwritten by the next."""
+    return scores.view(-1)[::_SAMPLE_STRIDE].to(torch.float32, copy=True)
 
 
 def _above(scores: Tensor, edge: float) -> tuple[Tensor, Tensor]:

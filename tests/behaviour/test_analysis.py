@@ -300,6 +300,8 @@ def test_a_map_is_filtered_and_paged_without_losing_or_repeating_a_feature(engin
     assert seen == whole.index
     with pytest.raises(BadInput, match="does not belong"):
         door(ShowMap(sae="first", labelled=False, limit=30, cursor=last))
+    with pytest.raises(BadInput, match="does not belong to this list"):
+        door(ShowMap(sae="first", limit=30, cursor=f"{last.rpartition('-')[0]}-{'9' * 5000}"))
 
 
 def test_a_torn_map_or_analysis_is_a_typed_error(engine, derived):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -185,6 +186,21 @@ def test_the_same_import_again_adds_nothing(studio: Served, folder: Path) -> Non
     assert (again["n_labels"], again["n_known"], again["n_examples"]) == (0, 40, 120)
     assert [engine.store.label_history("first", n) for n in range(40)] == before
     assert engine.call(ShowPublished(sae="first", index=7)).sources[0].total == 3
+
+
+def test_what_an_engine_that_was_killed_left_of_an_earlier_import_is_not_shown_beside_the_newer_one(
+    studio: Served, folder: Path
+) -> None:
+    engine = studio.engine
+    imported(engine, folder)
+    before = engine.call(ShowPublished(sae="first", index=7))
+    (newer,) = (engine.home / engine.store.get(SAERecord, "first").folder / "published").iterdir()
+    left = newer.with_name(f"{newer.name}.old")
+    shutil.copytree(newer, left)
+    assert engine.call(ShowPublished(sae="first", index=7)) == before
+    shutil.rmtree(newer)  # as between the two renames
+    assert engine.call(ShowPublished(sae="first", index=7)) == before
+    left.rename(newer)
 
 
 def test_of_several_labels_that_with_the_best_score_counts(studio: Served, source_id: str, tmp_path: Path) -> None:

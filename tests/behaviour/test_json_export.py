@@ -5,15 +5,28 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import threading
 from typing import Any
 
 import pytest
 
-from mistudio_engine.api.operations import DownloadExport, Export, Extract, GetFeature, SetLabel, ShowExport
-from mistudio_engine.export.features_json import FeaturesDocument
+from mistudio_engine.api.operations import (
+    DownloadExport,
+    Export,
+    Extract,
+    GetFeature,
+    ListExports,
+    SetLabel,
+    ShowExport,
+)
+from mistudio_engine.export.features_json import FeaturesDocument, write_features
+from mistudio_engine.export.studio_zip import ExportProgress, write_zip
+from mistudio_engine.handlers import exports
 from mistudio_engine.runtime.engine import Engine
 from tests.behaviour.doors import Served
-from tests.behaviour.trainings import completed
+from tests.behaviour.trainings import completed, steered, until
+
+WRITERS = {"json": write_features, "zip": write_zip}
 
 EXTRACTED = list(range(0, 128, 3))
 """The others are exported with their labels alone."""
@@ -133,3 +146,31 @@ def test_the_zip_is_still_there_and_is_not_compressed_twice(studio: Served) -> N
     assert studio.engine.call(DownloadExport(export=job.result["slug"])).media_type == "application/zip"
     with pytest.raises(ValueError, match="compress goes with format='json'"):
         Export(sae="first", compress=True)
+
+
+@pytest.mark.parametrize("form", ["json", "zip"])
+def test_a_list_by_status_has_those_that_are_shown_with_it(
+    studio: Served, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    """Also while it packs what it has written, which is held up here."""
+    engine, goes_on = studio.engine, threading.Event()
+
+    def held_up(*arguments: Any, **more: Any) -> Any:
+        steps = WRITERS[form](*arguments, **more)
+        written = yield from steps
+        yield ExportProgress("Held up", 1.0, 3)
+        assert goes_on.wait(60)
+        return written
+
+    monkeypatch.setattr(exports, WRITERS[form].__name__, held_up)
+    with steered(engine, Export(sae="first", format=form, feature_selection="custom", indices=[0, 3, 6])) as job:
+        slug = (job.subject or "").removeprefix("export/")
+        until(lambda: engine.call(ShowExport(export=slug)).status == "packaging", "packaging")
+        listed = {
+            status: [row.slug for row in engine.call(ListExports(sae="first", status=status)).rows]
+            for status in ("computing", "packaging", "completed")
+        }
+        goes_on.set()
+        assert engine.jobs.wait(job.slug, 60).state == "completed"
+    assert listed["packaging"] == [slug] and slug not in listed["computing"] + listed["completed"]
+    assert engine.call(ShowExport(export=slug)).status == "completed"

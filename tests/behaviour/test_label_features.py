@@ -250,28 +250,45 @@ def test_a_job_keeps_to_what_was_settled_when_it_was_submitted(
     prices = {"price_per_million_input": 1.0, "price_per_million_output": 5.0}
     call = label(provider=None, features=SOME, max_usd=1.0, n_parallel=2, idempotency_key="settled once")
     with settings(engine, labelling_provider="compatible", **prices):
-        plan = engine.call(call.model_copy(update={"dry_run": True})).plan
+        planned = engine.call(call.model_copy(update={"dry_run": True}))
         job = engine.call(call)
         until(lambda: llm.n_open, "a request")
         engine.jobs.control(job.slug, "pause")
         assert engine.jobs.wait(job.slug, SECONDS).state == "paused"
     llm.hold.set()
-    assert plan is not None and plan.details["settled"] == job.settled
+    assert planned.settled == job.settled
     assert job.settled["base_url"] == llm.openai_url and job.settled["extraction"] == agreed
     assert KEY not in job.model_dump_json()
     completed(engine, UseExtraction(extraction=other_extraction))
-    with serve_llm(lambda request: GOOD) as other:
-        elsewhere = {"labelling_base_url": other.openai_url, "labelling_model": "dearer"}
-        with settings(engine, **elsewhere, price_per_million_input=100, price_per_million_output=500):
-            again = engine.call(call)
-            assert (again.slug, again.settled) == (job.slug, job.settled), "the same call, whatever is set by now"
-            engine.jobs.control(job.slug, "resume")
-            done = engine.jobs.wait(job.slug, SECONDS)
-        assert not other.requests
-    engine.call(SetSetting(key="labelling_base_url", value=llm.openai_url))
+    with settings(engine, labelling_model="dearer", price_per_million_input=100, price_per_million_output=500):
+        again = engine.call(call)
+        assert (again.slug, again.settled) == (job.slug, job.settled), "the same call, whatever is set by now"
+        engine.jobs.control(job.slug, "resume")
+        done = engine.jobs.wait(job.slug, SECONDS)
+    engine.call(SetSetting(key="labelling_model", value="m"))
     assert done.result is not None and (done.result["n_labelled"], done.result["method"]) == (12, "compatible/m")
     assert 0 < done.result["usd"] < 0.05, "at the prices of then"
     assert {each.extraction for each in engine.store.labels("first").values()} == {agreed}
+
+
+def test_a_key_that_was_set_with_another_server_is_not_sent_to_the_first(engine: Engine, llm: LLMServer) -> None:
+    engine.store.delete_labels("first")
+    llm.hold = threading.Event()
+    job = engine.call(label(n_parallel=1))
+    until(lambda: llm.n_open, "a request")
+    engine.jobs.control(job.slug, "pause")
+    assert engine.jobs.wait(job.slug, SECONDS).state == "paused"
+    llm.hold.set()
+    n_asked = len(llm.requests)
+    engine.call(SetSetting(key="labelling_base_url", value="http://127.0.0.1:9/v1"))
+    engine.jobs.control(job.slug, "resume")
+    failed = engine.jobs.wait(job.slug, SECONDS)
+    engine.call(SetSetting(key="labelling_base_url", value=llm.openai_url))
+    assert failed.error is not None and failed.error.code == "conflict"
+    assert "labelling_base_url is http://127.0.0.1:9/v1 by now" in failed.error.what
+    assert len(llm.requests) == n_asked
+    engine.jobs.control(job.slug, "retry")
+    assert engine.jobs.wait(job.slug, SECONDS).state == "completed"
 
 
 def test_a_retry_is_settled_anew_and_keeps_to_that(engine: Engine, llm: LLMServer, other_extraction: str) -> None:
@@ -326,6 +343,25 @@ def test_what_may_have_been_billed_counts_when_a_job_goes_on(engine: Engine, llm
     done = engine.jobs.wait(job.slug, SECONDS)
     assert done.result is not None and done.result["n_labelled"] == 30
     assert done.result["usd"] >= 33 * 0.0025
+
+
+def test_a_retry_that_asks_no_language_model_forgets_no_money(engine: Engine, llm: LLMServer) -> None:
+    engine.store.delete_labels("first")
+    billed = Reply(GOOD, n_prompt_tokens=2000, n_completion_tokens=100)
+    llm.answer = lambda request: billed if request.number < 3 else Reply("no such model", status=404)
+
+    def spent(job: Job) -> float:
+        return engine.store.events_after(0, [f"jobs/{job.slug}"], 1, names=["spent"], newest_first=True)[0].data["usd"]
+
+    prices = {"price_per_million_input": 1.0, "price_per_million_output": 5.0}
+    with settings(engine, labelling_provider="compatible", **prices):
+        job = ended(engine, label(provider=None, n_parallel=1))
+    before = spent(job)
+    assert job.state == "failed" and before >= 3 * 0.0025 * (1 - 1e-9)
+    engine.jobs.control(job.slug, "retry")
+    done = engine.jobs.wait(job.slug, SECONDS)
+    assert done.result is not None and done.result["method"] == "token_pattern"
+    assert spent(job) == before
 
 
 def test_the_record_counts_the_features_that_have_a_label(engine: Engine, llm: LLMServer) -> None:

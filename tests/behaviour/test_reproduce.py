@@ -22,6 +22,7 @@ from mistudio_engine.api.operations import (
     StopTraining,
     TrainSAE,
 )
+from mistudio_engine.api.presets import L1_PER_ROOT_WIDTH
 from mistudio_engine.api.records import SAERecord, TrainingRecord
 from mistudio_engine.demo.embedded import DEMO_HOOK
 from mistudio_engine.runtime.engine import Engine
@@ -82,6 +83,20 @@ def test_what_differs_is_named_with_what_has_changed_since(engine: Engine) -> No
     assert changes == {"torch": "1.0", "model.sha256": "other"}
     assert result["made"] == "training/made-anew"
     assert "torch was '1.0'" in result["summary"]
+
+
+def test_a_setting_that_was_left_open_and_is_another_today_is_named(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = {name: value for name, value in TRAIN.items() if name != "k"}
+    done(engine, TrainSAE(**call, architecture="standard", name="open", hyperparameters=SMALL))  # type: ignore[arg-type]
+    then = engine.store.get(TrainingRecord, "open").members[0].hyperparameters["l1_coefficient"]
+    monkeypatch.setitem(L1_PER_ROOT_WIDTH["relu"], "balanced", 2 * L1_PER_ROOT_WIDTH["relu"]["balanced"])
+    _, result = reproduced(engine, "training/open")
+    assert not result["identical"]
+    (change,) = result["changes"]
+    assert change["what"] == "members.sae.hyperparameters.l1_coefficient"
+    assert (change["then"], change["now"]) == (then, pytest.approx(2 * then, rel=1e-2))
 
 
 @pytest.mark.parametrize(("ref", "status", "says"), [("training/once", 0, "identical"), ("sae/touched", 1, "differ")])

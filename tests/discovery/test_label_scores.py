@@ -21,7 +21,7 @@ from mistudio_engine.discovery.extraction import extract
 from mistudio_engine.discovery.labelling import cases
 from mistudio_engine.discovery.labelling.cases import CaseMaker, Labelled, Unscorable
 from mistudio_engine.discovery.labelling.chat import Answer, NoAnswer
-from mistudio_engine.discovery.labelling.chat_judge import ChatJudge, parse_verdicts
+from mistudio_engine.discovery.labelling.chat_judge import ChatJudge, parse_verdicts, question
 from mistudio_engine.discovery.labelling.labeller import Label, gather_evidence, is_held_out
 from mistudio_engine.discovery.labelling.negatives import (
     Pool,
@@ -40,6 +40,7 @@ from mistudio_engine.discovery.labelling.scoring import (
     TOP_TOKEN,
     Case,
     Claim,
+    Trial,
     method_score,
     trials,
     why_unscored,
@@ -729,6 +730,14 @@ def test_marks_in_the_text_itself_are_not_taken_for_ours(world):
     scored(case_of(world, n=16), ChatJudge(reader, strings), "fuzzing")
     odd = [text for question in reader.questions for text in texts(question) if "odd" in text]
     assert odd and not any("<<odd" in text and "<< ‹‹odd" not in text for text in odd)
+
+
+def test_marks_that_two_tokens_make_together_are_not_taken_for_ours():
+    strings = ["a", " <", "< b", ">", "> "]
+    ids = np.arange(5, dtype=np.int32)
+    passage = Passage(0, 0, ids, np.zeros(5, dtype=np.float32))
+    asked = question("c", "fuzzing", [Trial(passage, np.array([0, 4]), True), Trial(passage, None, True)], strings)
+    assert texts(asked) == ["<<a>> ‹‹ b›<<› >>", "a ‹‹ b›› "]
 
 
 @given(st.text(max_size=40) | st.binary(max_size=40).map(repr))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from mistudio_engine.api.operations import SetLabel
+from mistudio_engine.api.plain_words import plain_line
 from mistudio_engine.discovery.labelling.answers import LONGEST_LABEL, NotALabel, Written, read_label
 
 
@@ -155,3 +156,19 @@ def test_a_persons_label_is_held_to_the_same_characters():
     for label in ("cats\u202egnp", "c\u200dats", "a\0b"):
         with pytest.raises(ValidationError, match="control characters"):
             SetLabel(feature="sae/first#1", label=label)
+
+
+@pytest.mark.parametrize(
+    ("text", "plain"),
+    [
+        ("می\u200cخواهم", "می\u200cخواهم"),
+        ("क्\u200dष", "क्\u200dष"),
+        ("👩🏽\u200d🚀", "👩🏽\u200d🚀"),
+        ("pass\u200dword", "password"),
+        ("é\u200dé \u200c", "éé"),
+        ("a\u202eb\nc", "a b c"),
+    ],
+    ids=["Persian", "Devanagari", "emoji", "Latin", "accented Latin", "others"],
+)
+def test_a_joiner_stays_where_it_joins_and_nowhere_else(text, plain):
+    assert plain_line(text) == plain

@@ -106,6 +106,14 @@ def test_an_answer_that_was_cut_off_gets_more_room():
     assert second == 2 * first
 
 
+def test_more_room_is_left_when_the_longer_answer_is_no_label():
+    with serve_llm(script(Reply("{", finish_reason="length"), "It is cats.", GOOD)) as server:
+        assert isinstance(only(server), Label)
+        first, second, third = server.requests
+    assert third.body["max_tokens"] == second.body["max_tokens"] == 2 * first.body["max_tokens"]
+    assert "no JSON object" in third.user
+
+
 def test_a_prompt_that_is_too_long_is_made_shorter():
     def small(request):
         if request.user.count("activations:") > 4:
@@ -276,7 +284,7 @@ def test_concurrency_is_close_to_what_was_asked_for():
         outcomes(labeller(server, n_parallel=8), (cats(i) for i in range(80)))
         seconds = time.monotonic() - began_at
         assert server.peak == 8
-    assert 1.0 <= seconds < 2.0
+    assert 1.0 <= seconds < 4.0, "it would be 8 s one after the other"
 
 
 def test_a_megabyte_of_answer_is_not_kept_for_each_feature():

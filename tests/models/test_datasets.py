@@ -20,6 +20,7 @@ from mistudio_engine.models.datasets import (
     n_documents,
     read_documents,
     sample,
+    stamp,
     statistics,
 )
 from mistudio_engine.models.tokens import load_tokens, pack
@@ -325,6 +326,21 @@ def test_the_hash_follows_the_content_and_not_the_place(tmp_path):
     assert hash_of(tmp_path / "a" / "t.txt") == hashlib.sha256(b"x").hexdigest() != hash_of(tmp_path / "c" / "t.txt")
     with pytest.raises(NotFound):
         hash_of(tmp_path / "d")
+
+
+def test_text_that_is_read_through_a_link_to_a_folder_is_hashed(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "data").symlink_to(tmp_path / "real")
+    (tmp_path / "real" / "back").symlink_to(tmp_path / "linked")  # which leads nowhere new
+    (tmp_path / "linked" / "README.md").write_text("---\nconfigs:\n- config_name: a\n  data_files: data/*.jsonl\n---\n")
+    hashes = set()
+    for text in ("one", "two"):
+        write_jsonl(tmp_path / "real" / "a.jsonl", [{"text": text}])
+        assert list(read_documents(tmp_path / "linked")) == [text]
+        assert sorted(path.name for path, _, _ in stamp(tmp_path / "linked")) == ["README.md", "a.jsonl"]
+        hashes.add(hash_of(tmp_path / "linked"))
+    assert len(hashes) == 2
 
 
 def packed(tmp_path, documents, tokenizer, **options):

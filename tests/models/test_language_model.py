@@ -358,6 +358,24 @@ def test_unembedding_and_gain_turn_the_normalised_residual_into_logits(lm, ids):
     torch.testing.assert_close(logits, lm.logits(ids), rtol=1e-3, atol=1e-3)
 
 
+def test_a_tokenizer_has_nothing_that_the_first_call_changes(folder):
+    """All share it, and a change at the side of another thread's call is an error there ("Already borrowed")."""
+    path = folder / "tokenizer.json"
+    rules = json.loads(path.read_text())
+    rules["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    rules["padding"] = {
+        "strategy": {"Fixed": 9},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "<unk>",
+    }
+    path.write_text(json.dumps(rules))
+    backend = load_tokenizer(folder).backend_tokenizer
+    assert backend.truncation is None and backend.padding is None
+
+
 def test_a_tokenizer_is_read_once_until_its_files_change(folder):
     first = load_tokenizer(folder)
     assert load_tokenizer(folder) is first

@@ -164,7 +164,7 @@ def test_a_call_that_is_no_job_is_judged_alike(tmp_path: Path) -> None:
     def load(engine: Engine) -> None:
         engine.jobs.faults = FAULTS
 
-    registry = Registry({Status: handle}, {}, {}, load, lambda operation, _: operation, lambda *_: None)
+    registry = Registry({Status: handle}, {}, {}, {Status}, load, lambda operation, _: operation, lambda *_: None)
     engine = Engine(tmp_path, registry)
     ended: list[str] = []
     engine.restart = lambda: ended.append(engine.state)

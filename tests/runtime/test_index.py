@@ -535,6 +535,63 @@ class TestLoss:
         assert again.search("killed").total == 1
         again.close()
 
+    def test_an_index_that_is_closed_while_it_is_made_anew_is_not_taken_for_whole(
+        self, index: FeatureIndex, records: Records
+    ) -> None:
+        index.upsert([feature("love", 0, label_vector=None)])
+        index.lacks_vectors = True
+        reading, go_on = threading.Event(), threading.Event()
+
+        def rows() -> Iterator[FeatureRow]:
+            reading.set()
+            assert go_on.wait(60)
+            yield from ()
+
+        index._rows = rows
+        rebuild = threading.Thread(target=index.rebuild)
+        rebuild.start()
+        assert reading.wait(60)
+        index.upsert(records.put(feature("love", 100, label="written meanwhile")))
+        index.close()
+        again = FeatureIndex(index.folder, records, embedder="test/eight", dimension=DIMENSION)
+        assert again.search("meanwhile").total == 1
+        again.close()
+        go_on.set()
+        rebuild.join()
+
+    def test_an_index_that_is_closed_before_owed_rows_were_written_is_made_anew(
+        self, index: FeatureIndex, records: Records
+    ) -> None:
+        index.search("love")
+        with index.owing():
+            records.put(feature("love", 100, label="too late"))
+            index.close()
+        again = reopened(index)
+        assert again.search("late").total == 1
+        again.close()
+
+    def test_an_index_for_which_owed_rows_could_not_be_made_is_made_anew(
+        self, index: FeatureIndex, records: Records
+    ) -> None:
+        index.search("love")
+        with pytest.raises(EmptyData), index.owing():
+            records.put(feature("love", 100, label="never written"))
+            raise EmptyData("No vectors.")
+        index.close()
+        again = reopened(index)
+        assert again.search("never").total == 1
+        again.close()
+
+    def test_after_owed_rows_were_written_nothing_is_made_anew(self, index: FeatureIndex, records: Records) -> None:
+        with index.owing():
+            index.upsert(records.put(feature("love", 100)))
+        index.close()
+        n_read = records.n_read
+        again = reopened(index)
+        again.search("love")
+        again.close()
+        assert records.n_read == n_read
+
     def test_another_embedder_makes_another_index(self, index: FeatureIndex, records: Records) -> None:
         index.search("love")
         index.close()
@@ -584,6 +641,26 @@ class TestSwitch:
         assert answers(index) == before
         assert index.target == ("test/eight", DIMENSION)
         assert len(list(index.folder.glob("*.lance"))) == 1
+
+    def test_a_rebuild_that_fails_loses_neither_what_was_written_meanwhile_nor_that_vectors_lack(
+        self, index: FeatureIndex, records: Records
+    ) -> None:
+        index.search("love")
+        index.lacks_vectors = True
+
+        def rows() -> Iterator[FeatureRow]:
+            index.upsert(records.put(feature("love", 100, label="written meanwhile")))
+            raise EmptyData("The server does not answer.")
+            yield
+
+        index._rows = rows
+        with pytest.raises(EmptyData):
+            index.rebuild()
+        assert index.lacks_vectors
+        index.close()
+        again = FeatureIndex(index.folder, records, embedder="test/eight", dimension=DIMENSION)
+        assert again.search("meanwhile").total == 1
+        again.close()
 
     def test_the_folder_says_what_it_was_made_with(self, index: FeatureIndex, tmp_path: Path) -> None:
         index.search("love")

@@ -30,7 +30,7 @@ from mistudio_engine.api.errors import (
 )
 from mistudio_engine.api.events import Progress, Signal
 from mistudio_engine.api.operations.base import OPERATIONS
-from mistudio_engine.api.records import Job, JobState, ModelRecord, Plan, TrainingRecord
+from mistudio_engine.api.records import Job, JobState, ModelRecord, TrainingRecord
 from mistudio_engine.runtime import attempt, jobs
 from mistudio_engine.runtime.job_states import POSSIBLE, TRANSITIONS, Action, check_action
 from mistudio_engine.runtime.jobs import Runner
@@ -386,24 +386,23 @@ def test_a_retry_is_the_next_attempt_and_goes_on_from_the_checkpoint(boot: Boot,
     assert (done.state, done.error, done.message) == ("completed", None, "")
 
 
-def test_what_a_plan_settled_stays_with_the_job_until_it_is_retried(boot: Boot, puppet: Puppet) -> None:
+def test_what_was_settled_stays_with_the_job_until_it_is_retried(boot: Boot, puppet: Puppet) -> None:
     machine = boot()
     agreed = {"model": "m"}
-    job = machine.jobs.submit(Count(), plan=Plan(summary="Count.", details={"n": 1, "settled": agreed}))
-    assert puppet.started.get(timeout=SECONDS).settled == agreed
+    job = machine.jobs.submit(Count(), settled=agreed)
+    assert puppet.started.get(timeout=SECONDS).job.settled == agreed
     machine.jobs.control(job.slug, "pause")
     puppet.step(Progress(checkpointed=True))
     assert machine.jobs.wait(job.slug, SECONDS).state == "paused"
     machine.jobs.control(job.slug, "resume")
-    assert puppet.started.get(timeout=SECONDS).settled == agreed
+    assert puppet.started.get(timeout=SECONDS).job.settled == agreed
     puppet.steps.put(BadInput("no", fix="Yes."))
     assert machine.jobs.wait(job.slug, SECONDS).state == "failed"
     machine.jobs.control(job.slug, "retry")
-    assert puppet.started.get(timeout=SECONDS).settled == {}, "it is the same call again"
+    assert puppet.started.get(timeout=SECONDS).job.settled == {}, "it is the same call again"
     machine.jobs.settle(job.slug, {"model": "n"})
     puppet.finish()
-    done = machine.jobs.wait(job.slug, SECONDS)
-    assert done.settled == {"model": "n"} and done.plan is not None and done.plan.details["n"] == 1
+    assert machine.jobs.wait(job.slug, SECONDS).settled == {"model": "n"}
 
 
 def test_a_retry_of_a_cancelled_job_begins_anew(boot: Boot, puppet: Puppet) -> None:

@@ -85,10 +85,9 @@ def assert_same_bits(home: Path, one: str, other: str) -> None:
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
-def newest(home: Path, training: str) -> Path:
-    """Its newest checkpoint."""
-    folders = [path for path in (home / "trainings" / training / "checkpoints").iterdir() if "." not in path.name]
-    return max(folders, key=lambda path: path.name)
+def whole(home: Path, training: str) -> list[Path]:
+    """Its checkpoints, oldest first, without one that was being written."""
+    return sorted(path for path in (home / "trainings" / training / "checkpoints").iterdir() if "." not in path.name)
 
 
 def half_written(home: Path, training: str) -> bool:
@@ -163,7 +162,7 @@ def test_damaged_checkpoints_are_passed_over_with_a_warning(life: Path, studio: 
     for moment, (what, damage) in zip((0.2, 0.5, 0.8), damages.items(), strict=True):
         until(lambda least=moment: (studio.show_job(job=job.slug).progress or 0) >= least, f"{moment:.0%}")
         kill(life)
-        folder = newest(life, "damaged")
+        folder = whole(life, "damaged")[-1]
         path = folder / ("sae/state.safetensors" if what != "empty" else "training/state.json")
         path.write_bytes(damage(path.read_bytes()))
         until(lambda: warnings(studio, job.slug), "a warning")
@@ -181,7 +180,7 @@ def test_without_any_whole_checkpoint_it_begins_anew_and_ends_alike(life: Path, 
     job = studio.train_sae(**SAE, **RUN, name="begun-anew")
     until(lambda: (studio.show_job(job=job.slug).progress or 0) >= 0.15, "some progress")
     kill(life)
-    folders = list((life / "trainings" / "begun-anew" / "checkpoints").iterdir())
+    folders = whole(life, "begun-anew")
     for folder in folders:
         (folder / "sae" / "state.safetensors").unlink()
     assert at_its_end(studio, job.slug).state == "completed"
@@ -259,7 +258,7 @@ def test_sigterm_writes_a_checkpoint_whatever_it_is_at(life: Path, studio: Studi
     stop(life)
     assert time.monotonic() - began < 10
     assert probe(life) is None
-    folder = newest(life, training)
+    folder = whole(life, training)[-1]
     weights = load_file(folder / "sae" / "state.safetensors")
     assert weights["sae.W_dec"].shape == (768, 64) and weights["sae.W_dec"].isfinite().all()
     n_steps = int(folder.name.removeprefix("step-"))
@@ -357,7 +356,7 @@ def wait_out_a_full_disk(studio: Studio, home: Path) -> None:
     assert "make space, then resume it" in paused.message
     assert paused.error is not None and paused.error.code == "disk_full"
     assert not list(home.rglob("*.part")), "nothing half written is left"
-    load_file(newest(home, "without") / "sae" / "state.safetensors")
+    load_file(whole(home, "without")[-1] / "sae" / "state.safetensors")
     again = studio.control_job(job=job.slug, action="resume")
     assert until(lambda: (seen := studio.show_job(job=job.slug)).state == "paused" and seen, "the pause").error
     assert again.attempt == 1

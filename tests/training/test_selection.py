@@ -180,6 +180,26 @@ def test_the_batchs_choice_is_the_plain_one_at_a_real_size(bf16: bool) -> None:
         assert_projected(w, chosen)
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_batch_in_parts_weighs_as_many_candidates_as_a_whole_one(
+    monkeypatch: pytest.MonkeyPatch, reverse: bool
+) -> None:
+    """Whichever tokens come last: where the edge lies is estimated on all of them."""
+    n_weighed: list[int] = []
+
+    def counting(pairs: Pairs, *rows: Tensor) -> Tensor:
+        n_weighed.append(len(pairs))
+        return dot_products(pairs, *rows)
+
+    monkeypatch.setattr(selection, "dot_products", counting)
+    w = weights(256, 16, 2048)
+    w.x[:] *= torch.linspace(4, 0.01, 256)[:, None]
+    w = w._replace(x=w.x.flip(0) if reverse else w.x)
+    for rows in (None, 32):
+        Selector(bf16=False).batch_top_k(*w, 24, rows)
+    assert n_weighed[1] == pytest.approx(n_weighed[0], rel=0.2)
+
+
 @given(
     batch=st.integers(1, 20),
     d_sae=st.integers(1, 300),

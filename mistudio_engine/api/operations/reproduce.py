@@ -49,8 +49,8 @@ class Reproduction(Data):
     """Tensors that differ, or that only one of the two has."""
 
     changes: list[Change] = []
-    """What is recorded of how each was made, where that differs: versions, threads, data, model; and `files.…` that are
-    no longer what is recorded of them."""
+    """What is recorded of how each was made, where that differs: versions, threads, data, model, settings; and
+    `files.…` that are no longer what is recorded of them."""
 
     summary: str
     """All of it in a sentence."""

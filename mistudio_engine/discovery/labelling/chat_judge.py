@@ -290,18 +290,18 @@ def question(
 def _text(trial: Trial, token_strings: Sequence[str], pieces: Callable[[Sequence[int]], Pieces] | None = None) -> str:
     """The passage, with neighbouring marked tokens between << and >>."""
     marked = set() if trial.marked is None else set(trial.marked.tolist())
-    ids = trial.passage.token_ids.tolist()
+    ids: list[int] = trial.passage.token_ids.tolist()
     strings = [token_strings[token_id] for token_id in ids]
     if pieces is not None and any(map(is_part_of_character, strings)):
-        strings, shown_by = pieces(ids)
-        marked = {int(shown_by[place]) for place in marked}
-    text = ""
+        read = pieces(ids)
+        strings, marked = read.texts, {int(read.shown_by[place]) for place in marked}
+    # A mark that stands in the text itself, be it of two tokens, would be taken for one of ours.
+    plain, shown, end = "".join(strings).replace("<<", "‹‹").replace(">>", "››"), "", 0
     for place, string in enumerate(strings):
-        # A mark that stands in the text itself would be taken for one of ours.
-        token = string.replace("<<", "‹‹").replace(">>", "››")
+        begin, end = end, end + len(string)
         opens, closes = place in marked and place - 1 not in marked, place in marked and place + 1 not in marked
-        text += f"{'<<' if opens else ''}{token}{'>>' if closes else ''}"
-    return text
+        shown += f"{'<<' if opens else ''}{plain[begin:end]}{'>>' if closes else ''}"
+    return shown
 
 
 def prompt_tokens(method: ScoringMethod) -> int:

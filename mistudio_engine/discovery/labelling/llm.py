@@ -149,7 +149,7 @@ class _Conversation:
             if read.final:
                 break
             again = f"Your last answer cannot be used: {read.detail}. Answer with the JSON object only."
-            question = self._shown.question._replace(user=f"{self._shown.question.user}\n\n{again}")
+            question = question._replace(user=f"{self._shown.question.user}\n\n{again}")
         return self._failure()
 
     def _with_fewer_examples(self) -> Any:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
 
 from mistudio_engine.api.errors import BadInput, MistudioError
+from mistudio_engine.api.plain_words import plain_line
 from mistudio_engine.discovery.labelling.chat import NoAnswer
 from mistudio_engine.discovery.labelling.patient_chat import Passing
 
@@ -80,7 +81,7 @@ def meaning_of(
 
 def said(message: object, longest: int = 300) -> str:
     """A server's words as they may be shown: one line, printable, not long."""
-    text = " ".join("".join(c if c.isprintable() else " " for c in str(message)[: 4 * longest]).split())
+    text = plain_line(str(message)[: 4 * longest])
     return f"“{text if len(text) <= longest else text[: longest - 1] + '…'}”" if text else "it says nothing more"
 
 
