@@ -12,9 +12,8 @@ import torch
 from mistudio_engine.api.operations import EvalSAE, Extract, GetDataset, GetModel, LabelFeatures, TrainSAE
 from mistudio_engine.api.training_config import Hyperparameters
 from mistudio_engine.demo.embedded import DEMO_HOOK
-from mistudio_engine.handlers import REGISTRY
 from mistudio_engine.runtime.engine import Engine
-from tests.behaviour.doors import DOORS, Door, Loop, Served, served
+from tests.behaviour.doors import DOORS, Door, Loop, Served, served, started
 
 torch.set_num_threads(2)
 
@@ -31,9 +30,7 @@ def loop() -> Iterator[Loop]:
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home with the embedded model and corpus brought in and a small SAE trained, to be copied."""
     home = tmp_path_factory.mktemp("prepared")
-    engine = Engine(home, REGISTRY)
-    engine.start()
-    engine.wait_ready(120)
+    engine = started(home)
     prepare(engine)
     engine.stop()
     return home

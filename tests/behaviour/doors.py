@@ -73,6 +73,14 @@ class Served:
         return httpx.Client(base_url=self.url, trust_env=False, timeout=60, **keywords)
 
 
+def started(home: Path) -> Engine:
+    """A real engine without a server, once it is ready."""
+    engine = Engine(home, REGISTRY)
+    engine.start()
+    engine.wait_ready(120)
+    return engine
+
+
 @contextmanager
 def served(home: Path) -> Iterator[Served]:
     """A real engine behind a real server, in this process."""

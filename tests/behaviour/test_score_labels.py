@@ -38,6 +38,7 @@ from mistudio_engine.handlers.resources import language_model, open_tokens, spar
 from mistudio_engine.models.hooks import activations
 from mistudio_engine.runtime.engine import Engine
 from mistudio_engine.runtime.jobs import JobContext
+from tests.behaviour.doors import started
 from tests.behaviour.trainings import completed, ended, until
 from tests.llm_server import LLMRequest, LLMServer, Reply, serve_llm
 
@@ -47,9 +48,7 @@ SMALL: dict[str, Any] = {"sae": "first", "n": 10, "window": 16, "n_tokens": 4096
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """An engine with a small SAE whose features have token-pattern labels, and one feature without a label."""
-    made = Engine(tmp_path_factory.mktemp("home"), REGISTRY)
-    made.start()
-    made.wait_ready(120)
+    made = started(tmp_path_factory.mktemp("home"))
     for operation in (
         GetModel(source="embedded", name="tiny"),
         GetDataset(source="embedded", name="corpus", model="tiny", n_tokens=40_000),

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 from mistudio_engine.api.errors import BadInput, EmptyData, NotFound
-from mistudio_engine.api.features import FeaturePage, NeighbourPage
+from mistudio_engine.api.features import NeighbourPage
 from mistudio_engine.api.operations import (
     DeleteExtraction,
     DeleteSAE,
@@ -26,17 +26,17 @@ from mistudio_engine.api.operations import (
     FeaturesOnText,
     GetFeature,
     Neighbours,
-    SearchFeatures,
     SetLabel,
     UseExtraction,
 )
 from mistudio_engine.api.records import SAERecord
-from mistudio_engine.handlers import REGISTRY
 from mistudio_engine.handlers.knowledge import Knowledge
 from mistudio_engine.handlers.search_index import index_features
 from mistudio_engine.runtime.engine import Engine
 from mistudio_engine.runtime.feature_rows import Where
 from mistudio_engine.saes import load_sae
+from tests.behaviour.doors import started
+from tests.behaviour.searches import search, some_feature
 from tests.behaviour.trainings import completed, train
 
 
@@ -71,24 +71,8 @@ def asked(kept: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engi
     engine.stop()
 
 
-def started(home: Path) -> Engine:
-    engine = Engine(home, REGISTRY)
-    engine.start()
-    engine.wait_ready(120)
-    return engine
-
-
-def search(engine: Engine, **arguments: Any) -> FeaturePage:
-    return engine.call(SearchFeatures(**arguments))
-
-
 def neighbours(engine: Engine, index: int, **arguments: Any) -> NeighbourPage:
     return engine.call(Neighbours(sae="first", index=index, **arguments))
-
-
-def some_feature(engine: Engine) -> int:
-    """A living feature that is not dense and has a label."""
-    return next(row.index for row in search(engine, sae="first", limit=200).rows if row.label)
 
 
 def directions(engine: Engine) -> np.ndarray:

@@ -19,14 +19,14 @@ import pytest
 
 from mistudio_engine.api.client import connect
 from mistudio_engine.api.errors import MistudioError
-from mistudio_engine.api.features import FeaturePage
 from mistudio_engine.api.home import process_alive, read_engine_file
-from mistudio_engine.api.operations import SearchFeatures, SetLabel
+from mistudio_engine.api.operations import SetLabel
 from mistudio_engine.api.operations.settings import SetSetting
 from mistudio_engine.discovery.embedding import InstalledEmbedder
-from mistudio_engine.handlers import REGISTRY
 from mistudio_engine.handlers.search_index import settle
 from mistudio_engine.runtime.engine import Engine
+from tests.behaviour.doors import started
+from tests.behaviour.searches import assert_found_by_label, search, some_feature
 from tests.behaviour.trainings import until
 from tests.discovery.embedding_server import EmbeddingServer, serve_embeddings, vector_of
 
@@ -44,22 +44,6 @@ def engine(home: Path) -> Iterator[Engine]:
     engine = started(home)
     yield engine
     engine.stop()
-
-
-def started(home: Path) -> Engine:
-    engine = Engine(home, REGISTRY)
-    engine.start()
-    engine.wait_ready(120)
-    return engine
-
-
-def search(engine: Engine, **arguments: Any) -> FeaturePage:
-    return engine.call(SearchFeatures(**arguments))
-
-
-def some_feature(engine: Engine) -> int:
-    """A living feature that is not dense and has a label."""
-    return next(row.index for row in search(engine, sae="first", limit=200).rows if row.label)
 
 
 def use(engine: Engine, server: EmbeddingServer) -> None:
@@ -85,8 +69,7 @@ def test_another_embedder_is_used_as_soon_as_its_index_is_made_and_words_until_t
         index = some_feature(engine)
         # Its vectors say nothing but whether two texts are one, which is what the label vector is asked here.
         engine.call(SetLabel(feature=f"sae/first#{index}", label="written for the new one"))
-        found = search(engine, query="written for the new one", mode="meaning", sae="first")
-        assert "label 1.00" in next(row.why for row in found.rows if row.index == index)
+        assert_found_by_label(engine, "written for the new one", index)
         engine.call(SetSetting(key="embedder", value=None))
         settle(engine)
     assert search(engine, query="animals").embedder == "all-MiniLM-L6-v2"
@@ -171,8 +154,7 @@ def test_a_server_that_fails_costs_one_label_the_wait_and_none_its_meaning(
         monkeypatch.setattr("mistudio_engine.handlers.search_index.RETRY_SECONDS", 0.0)
         search(engine, query="animals")
         settle(engine)
-        found = search(engine, query="written after it failed", mode="meaning", sae="first")
-        assert "label 1.00" in next(row.why for row in found.rows if row.index == index)
+        assert_found_by_label(engine, "written after it failed", index)
 
 
 def test_labels_that_a_server_was_not_asked_about_get_their_meaning_from_the_next_engine(home: Path) -> None:
@@ -187,8 +169,7 @@ def test_labels_that_a_server_was_not_asked_about_get_their_meaning_from_the_nex
         again = started(home)
         try:
             settle(again)
-            found = search(again, query="written while it fails", mode="meaning", sae="first")
-            assert "label 1.00" in next(row.why for row in found.rows if row.index == index)
+            assert_found_by_label(again, "written while it fails", index)
         finally:
             again.stop()
 
@@ -259,8 +240,7 @@ def test_a_sentence_model_that_cannot_be_read_leaves_words_and_the_reason_and_co
     again = started(home)
     try:
         settle(again)
-        rows = search(again, query="written while it is broken", mode="meaning", sae="first").rows
-        assert "label 1.00" in next(row.why for row in rows if row.index == index)
+        assert_found_by_label(again, "written while it is broken", index)
     finally:
         again.stop()
 
@@ -281,8 +261,7 @@ def test_a_model_that_was_exchanged_behind_its_name_is_told_from_the_one_before(
             assert (page.mode, page.embedder) == ("hybrid", f"{before} (2)")
             index = some_feature(again)
             again.call(SetLabel(feature=f"sae/first#{index}", label="of the other model"))
-            found = search(again, query="of the other model", mode="meaning", sae="first")
-            assert "label 1.00" in next(row.why for row in found.rows if row.index == index)
+            assert_found_by_label(again, "of the other model", index)
             assert again.index.dimension == dimension
         finally:
             again.stop()

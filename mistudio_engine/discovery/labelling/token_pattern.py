@@ -127,7 +127,7 @@ class _Seen:
         acts = self.contexts.acts
         counts = self.contexts.counts.copy()
         for row, example in zip(counts, examples, strict=True):
-            row[: len(example.counted)] &= example.counted
+            row[: len(example.token_ids)] &= example.counted
         self.fires = (acts >= _FIRES_AT * maximum) & (acts > 0) & counts
         self.silent = (acts == 0) & counts
         self.n_fires, self.n_silent = _count(self.fires), _count(self.silent)
